@@ -1,0 +1,638 @@
+"""M2-Encoder: a bilingual image-text encoder of multiway layers (arXiv 2401.15896; BEiT-3, MAGNETO).
+
+An image or a text passes through multiway layers, where every weight exists once per modality, and then through shared upper
+layers; the [CLS] state of either end is projected to the common embedding space.
+
+Shapes: B batch, L tokens of either modality, P patches, D width, E embedding, H heads.
+"""
+
+# No `from __future__ import annotations` here: transformers and sentence-transformers read the annotations as classes.
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_m2encoder import POSITION_OFFSET, M2EncoderConfig
+
+# "vision" is expert A of the official files, "text" is expert B.
+MODALITIES = ("vision", "text")
+
+
+@dataclass
+class M2EncoderFeatures(BaseModelOutputWithPooling):
+    """
+    What `get_text_features` and `get_image_features` return.
+
+    `pooler_output` [B, E] is the projected embedding, not normalised; `last_hidden_state` [B, L, D] is the output of the
+    shared upper layers; `backbone_pooler_output` [B, E] is the embedding on top of the multiway layers, given only
+    with `config.use_backbone_projection`.
+    """
+
+    backbone_pooler_output: torch.Tensor | None = None
+
+
+@dataclass
+class M2EncoderOutput(ModelOutput):
+    """
+    What `M2EncoderModel.forward` returns. Fields of a modality that was not given are None.
+
+    `loss` (scalar, with `return_loss=True`): symmetric cross-entropy over this batch. `logits_per_image` [B_image, B_text] and
+    its transpose `logits_per_text`: cosine similarities times exp(logit_scale). `text_embeds`, `image_embeds` [B, E]:
+    embeddings, L2-normalised. `backbone_text_embeds`, `backbone_image_embeds` [B, E]: the same for the projections on the
+    multiway layers. `text_model_output`, `vision_model_output`: the features they came from.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    backbone_text_embeds: torch.Tensor | None = None
+    backbone_image_embeds: torch.Tensor | None = None
+    text_model_output: M2EncoderFeatures | None = None
+    vision_model_output: M2EncoderFeatures | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+@dataclass
+class M2EncoderEncoderOutput(BaseModelOutput):
+    """`last_hidden_state` [B, L, D] of the upper layers and `backbone_hidden_state` [B, L, D] of the multiway layers."""
+
+    backbone_hidden_state: torch.Tensor | None = None
+
+
+# ---- Embeddings --------------------------------------------------------------------------------------------------------
+
+
+class M2EncoderTextEmbeddings(nn.Module):
+    """Word plus learned position embeddings; words are not scaled, and the tokenizer's own [CLS] comes first."""
+
+    def __init__(self, config: M2EncoderConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`input_ids` [B, L] -> [B, L, D]."""
+        positions = torch.arange(POSITION_OFFSET, POSITION_OFFSET + input_ids.shape[1], device=input_ids.device)
+        return self.word_embeddings(input_ids) + self.position_embeddings(positions)
+
+
+class M2EncoderVisionEmbeddings(nn.Module):
+    """Patch embedding, a class token in front, learned positions."""
+
+    def __init__(self, config: M2EncoderConfig):
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embeddings = nn.Embedding(POSITION_OFFSET + 1 + config.num_patches, config.hidden_size)
+
+    def interpolate_positions(self, height: int, width: int) -> torch.Tensor:
+        """The position table for another image size: [1 + P, D], patch rows resized bicubically with antialiasing.
+
+        Bicubic is what the field uses for running a model at another resolution. The official code's area interpolation
+        belongs to reading a checkpoint of another size.
+        """
+        table = self.position_embeddings.weight[POSITION_OFFSET:]
+        side = self.config.image_size // self.config.patch_size
+        grid = table[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+        new_side = (height // self.config.patch_size, width // self.config.patch_size)
+        grid = nn.functional.interpolate(grid, size=new_side, mode="bicubic", align_corners=False, antialias=True)
+        return torch.cat([table[:1], grid.flatten(2).transpose(1, 2)[0].to(table.dtype)])
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """`pixel_values` [B, 3, height, width] -> [B, 1 + P, D]."""
+        height, width = pixel_values.shape[-2:]
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        hidden_states = torch.cat(
+            [self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1
+        )
+        if interpolate_pos_encoding and (height, width) != (self.config.image_size, self.config.image_size):
+            return hidden_states + self.interpolate_positions(height, width)
+        return hidden_states + self.position_embeddings.weight[POSITION_OFFSET:]
+
+
+# ---- Layers ------------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out; the only implementation that returns its weights. [B, H, L, D/H] -> [B, L, H, D/H]."""
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # fp32 softmax, as sdpa does inside.
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class M2EncoderAttention(nn.Module):
+    """Self-attention with MAGNETO's inner LayerNorm before the output projection."""
+
+    is_causal = False  # sdpa runs causally when a module does not say so
+
+    def __init__(self, config: M2EncoderConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.inner_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, L, D] -> ([B, L, D], weights [B, H, L, L] or None)."""
+        input_shape = hidden_states.shape[:-1]
+        query, key, value = (
+            projection(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        attended = self.inner_layer_norm(attended.reshape(*input_shape, -1))
+        return self.out_proj(attended), weights
+
+
+class M2EncoderMLP(nn.Module):
+    """Feed-forward network with MAGNETO's LayerNorm between its two projections."""
+
+    def __init__(self, config: M2EncoderConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.inner_layer_norm = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        return self.fc2(self.inner_layer_norm(self.activation(self.fc1(hidden_states))))
+
+
+class M2EncoderDropPath(nn.Module):
+    """Stochastic depth: in training, drops a residual branch of a whole sample with probability `rate`."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+        return branch * kept.to(branch.dtype) / (1 - self.rate)
+
+
+class M2EncoderLayer(GradientCheckpointingLayer):
+    """One pre-norm transformer layer with sub-LN; one expert of a multiway layer, or a shared upper layer."""
+
+    def __init__(self, config: M2EncoderConfig, drop_path_rate: float, num_layers: int):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = M2EncoderAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = M2EncoderMLP(config)
+        self.drop_path = M2EncoderDropPath(drop_path_rate)
+        # MAGNETO section 3: the projections below carry the residual stream's variance, so their initial weights grow
+        # with the depth L of their encoder. `_init_weights` reads the factor.
+        for projection in (self.self_attn.v_proj, self.self_attn.out_proj, self.mlp.fc1, self.mlp.fc2):
+            projection.init_scale = math.sqrt(math.log(2 * num_layers))
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.drop_path(attended)
+        return hidden_states + self.drop_path(self.mlp(self.layer_norm2(hidden_states)))
+
+
+class M2EncoderMultiway(nn.ModuleDict):
+    """One expert per modality; a pass uses the expert of its modality. A half model holds only its own expert."""
+
+    def __init__(self, make_expert: Callable[[], nn.Module], modalities: Sequence[str]):
+        super().__init__({modality: make_expert() for modality in modalities})
+
+    def forward(self, hidden_states: torch.Tensor, modality: str, **kwargs: Any) -> torch.Tensor:
+        return self[modality](hidden_states, **kwargs)
+
+
+# ---- Models ------------------------------------------------------------------------------------------------------------
+
+
+class M2EncoderPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what the transformers library needs to know about the family."""
+
+    config: M2EncoderConfig
+    base_model_prefix = "m2_encoder"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["M2EncoderTextEmbeddings", "M2EncoderVisionEmbeddings", "M2EncoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": M2EncoderLayer, "attentions": M2EncoderAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Every parameter must be covered: from_pretrained builds on the meta device, and what is neither in the checkpoint
+        # nor set here would be uninitialised memory.
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if hasattr(module, "init_scale"):
+            init.normal_(module.weight, std=std * module.init_scale)
+        elif isinstance(module, M2EncoderVisionEmbeddings):
+            init.normal_(module.cls_token, std=std)
+        elif isinstance(module, M2EncoderModel):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+
+class M2EncoderEncoder(M2EncoderPreTrainedModel):
+    """Embeddings, multiway layers and shared upper layers, for both modalities or for one of them.
+
+    `hidden_states` are the inputs of all layers and the final state (layers + 1), `attentions` one map per layer.
+    """
+
+    def __init__(self, config: M2EncoderConfig, modalities: Sequence[str] = MODALITIES):
+        super().__init__(config)
+        if "vision" in modalities:
+            self.vision_embeddings = M2EncoderVisionEmbeddings(config)
+        if "text" in modalities:
+            self.text_embeddings = M2EncoderTextEmbeddings(config)
+        depth, upper_depth = config.num_hidden_layers, config.num_upper_layers
+        rates = torch.linspace(0, config.drop_path_rate, depth + upper_depth, device="cpu").tolist()
+        self.layers = nn.ModuleList(
+            M2EncoderMultiway(lambda rate=rate: M2EncoderLayer(config, rate, depth), modalities)
+            for rate in rates[:depth]
+        )
+        self.layer_norm = M2EncoderMultiway(
+            lambda: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps), modalities
+        )
+        self.upper_layers = nn.ModuleList(M2EncoderLayer(config, rate, upper_depth) for rate in rates[depth:])
+        self.upper_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> M2EncoderEncoderOutput:
+        """One pass of one modality: either `input_ids` [B, L] with `attention_mask` [B, L], or `pixel_values`."""
+        if pixel_values is not None:
+            modality, padding = "vision", None
+            hidden_states = self.vision_embeddings(pixel_values, interpolate_pos_encoding)
+        else:
+            modality = "text"
+            hidden_states = self.text_embeddings(input_ids)
+            padding = None if attention_mask is None else attention_mask.unsqueeze(-1).to(hidden_states.dtype)
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        # Padded places are zeroed where each of the two encoders begins, and their keys are masked out in attention.
+        if padding is not None:
+            hidden_states = hidden_states * padding
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, modality, attention_mask=mask, **kwargs)
+        backbone_hidden_state = self.layer_norm(hidden_states, modality)
+        hidden_states = backbone_hidden_state if padding is None else backbone_hidden_state * padding
+        for layer in self.upper_layers:
+            hidden_states = layer(hidden_states, attention_mask=mask, **kwargs)
+        return M2EncoderEncoderOutput(
+            last_hidden_state=self.upper_layer_norm(hidden_states), backbone_hidden_state=backbone_hidden_state
+        )
+
+
+class TextFeatures:
+    """The text side of a model that holds `encoder`, `text_projection` and perhaps `backbone_text_projection`."""
+
+    def _add_text_projections(self, config: M2EncoderConfig) -> None:
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        if config.use_backbone_projection:
+            self.backbone_text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.text_embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.text_embeddings.word_embeddings = value
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """
+        The embedding of texts in `.pooler_output` [B, E], not normalised.
+
+        Args:
+            input_ids: [B, L] integers, starting with [CLS] and padded on the right. Rows with more than
+                `config.max_text_length` real tokens lose the beginning of their text, as with the tokenizer's truncation.
+            attention_mask: [B, L], 1 for tokens and 0 for padding. It is never guessed from the ids (the padding id is
+                the end token too); without it all tokens count.
+
+        Raises:
+            ValueError: for wrong shapes, a mask that hides [CLS] (left padding), or an id outside the vocabulary.
+        """
+        _check_text(self.config, input_ids, attention_mask)
+        input_ids, attention_mask = _keep_end_of_text(self.config.max_text_length, input_ids, attention_mask)
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return _pool(output, self.text_projection, getattr(self, "backbone_text_projection", None))
+
+
+class VisionFeatures:
+    """The image side of a model that holds `encoder`, `image_projection` and perhaps `backbone_image_projection`."""
+
+    def _add_image_projections(self, config: M2EncoderConfig) -> None:
+        self.image_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        if config.use_backbone_projection:
+            self.backbone_image_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """
+        The embedding of images in `.pooler_output` [B, E], not normalised.
+
+        Args:
+            pixel_values: [B, 3, height, width], normalised as the image processor does.
+            interpolate_pos_encoding: accept another size than `config.image_size` (sides in multiples of the patch size)
+                by resizing the position table.
+
+        Raises:
+            ValueError: for wrong shapes or sizes.
+        """
+        _check_pixels(self.config, pixel_values, interpolate_pos_encoding)
+        output = self.encoder(
+            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        return _pool(output, self.image_projection, getattr(self, "backbone_image_projection", None))
+
+
+class M2EncoderModel(TextFeatures, VisionFeatures, M2EncoderPreTrainedModel):
+    """Both modalities: similarity logits, normalised embeddings, and the contrastive loss of one batch."""
+
+    def __init__(self, config: M2EncoderConfig):
+        super().__init__(config)
+        self.encoder = M2EncoderEncoder(config)
+        self._add_text_projections(config)
+        self._add_image_projections(config)
+        # Shape [1]: torch's fully_shard refuses 0-dimensional parameters.
+        self.logit_scale = nn.Parameter(torch.tensor([float(config.logit_scale_init_value)]))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> M2EncoderOutput:
+        """
+        Either modality alone, or both.
+
+        Args:
+            input_ids, attention_mask: [B_text, L], see `get_text_features`.
+            pixel_values: [B_image, 3, height, width], see `get_image_features`.
+            return_loss: also give the contrastive loss of this batch, in which row i of the texts describes image i.
+            interpolate_pos_encoding: see `get_image_features`.
+
+        Raises:
+            ValueError: when neither modality is given, or `return_loss` is asked without as many texts as images.
+        """
+        if input_ids is None and pixel_values is None:
+            raise ValueError("Give input_ids, pixel_values or both: there is nothing to encode.")
+        output = M2EncoderOutput()
+        if input_ids is not None:
+            text = self.get_text_features(input_ids, attention_mask, **kwargs)
+            output.text_model_output = text
+            output.text_embeds = _normalize(text.pooler_output)
+            output.backbone_text_embeds = _normalize(text.backbone_pooler_output)
+        if pixel_values is not None:
+            image = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+            output.vision_model_output = image
+            output.image_embeds = _normalize(image.pooler_output)
+            output.backbone_image_embeds = _normalize(image.backbone_pooler_output)
+        if input_ids is not None and pixel_values is not None:
+            scale = self.logit_scale.exp().to(output.image_embeds.dtype)
+            output.logits_per_image = scale * output.image_embeds @ output.text_embeds.t()
+            output.logits_per_text = output.logits_per_image.t()
+        if return_loss:
+            output.loss = _contrastive_loss(output.logits_per_image)
+        # Rebuilt so that the fields come in their declared order, which tuples and pipelines read.
+        return M2EncoderOutput(**output)
+
+
+class M2EncoderTextModel(TextFeatures, M2EncoderPreTrainedModel):
+    """The text half of a checkpoint: holds and loads the text experts, the upper layers and the text projection."""
+
+    input_modalities = ("text",)
+    _no_split_modules = ["M2EncoderTextEmbeddings", "M2EncoderLayer"]
+    _keys_to_ignore_on_load_unexpected = [r"\.vision", r"^(backbone_)?image_projection", r"^logit_scale"]
+
+    def __init__(self, config: M2EncoderConfig):
+        super().__init__(config)
+        self.encoder = M2EncoderEncoder(config, modalities=("text",))
+        self._add_text_projections(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> M2EncoderOutput:
+        """As `M2EncoderModel.forward` with texts only: normalised `text_embeds` [B, E]."""
+        text = self.get_text_features(input_ids, attention_mask, **kwargs)
+        return M2EncoderOutput(
+            text_embeds=_normalize(text.pooler_output),
+            backbone_text_embeds=_normalize(text.backbone_pooler_output),
+            text_model_output=text,
+        )
+
+
+class M2EncoderVisionModel(VisionFeatures, M2EncoderPreTrainedModel):
+    """The vision half of a checkpoint: holds and loads the vision experts, the upper layers and the image projection."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["M2EncoderVisionEmbeddings", "M2EncoderLayer"]
+    _keys_to_ignore_on_load_unexpected = [r"\.text", r"^(backbone_)?text_projection", r"^logit_scale"]
+
+    def __init__(self, config: M2EncoderConfig):
+        super().__init__(config)
+        self.encoder = M2EncoderEncoder(config, modalities=("vision",))
+        self._add_image_projections(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.vision_embeddings.patch_embedding
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> M2EncoderOutput:
+        """As `M2EncoderModel.forward` with images only: normalised `image_embeds` [B, E]."""
+        image = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+        return M2EncoderOutput(
+            image_embeds=_normalize(image.pooler_output),
+            backbone_image_embeds=_normalize(image.backbone_pooler_output),
+            vision_model_output=image,
+        )
+
+
+# ---- Helpers -----------------------------------------------------------------------------------------------------------
+
+
+def _pool(
+    output: M2EncoderEncoderOutput, projection: nn.Linear, backbone_projection: nn.Linear | None
+) -> M2EncoderFeatures:
+    """Projects the [CLS] states [B, L, D] -> [B, E]."""
+    backbone = None if backbone_projection is None else backbone_projection(output.backbone_hidden_state[:, 0])
+    return M2EncoderFeatures(
+        last_hidden_state=output.last_hidden_state,
+        pooler_output=projection(output.last_hidden_state[:, 0]),
+        hidden_states=output.hidden_states,
+        attentions=output.attentions,
+        backbone_pooler_output=backbone,
+    )
+
+
+def _normalize(embeds: torch.Tensor | None) -> torch.Tensor | None:
+    return None if embeds is None else nn.functional.normalize(embeds, dim=-1)
+
+
+def _contrastive_loss(logits_per_image: torch.Tensor | None) -> torch.Tensor:
+    """Symmetric cross-entropy of one batch; over several processes use training.losses.grouped_itc_loss."""
+    if logits_per_image is None or logits_per_image.shape[0] != logits_per_image.shape[1]:
+        seen = "one modality" if logits_per_image is None else f"{tuple(logits_per_image.shape)} images and texts"
+        raise ValueError(f"return_loss needs one text for each image, row by row; got {seen}.")
+    target = torch.arange(len(logits_per_image), device=logits_per_image.device)
+    per_image = nn.functional.cross_entropy(logits_per_image.float(), target)
+    per_text = nn.functional.cross_entropy(logits_per_image.float().t(), target)
+    return (per_image + per_text) / 2
+
+
+def _keep_end_of_text(
+    limit: int, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cuts rows to `limit` tokens as the tokenizer would: [CLS] stays, the beginning goes, the end stays.
+
+    The stock zero-shot pipeline never truncates, so that the model has to.
+    """
+    if input_ids.shape[1] <= limit:
+        return input_ids, attention_mask
+    if attention_mask is None:
+        return torch.cat([input_ids[:, :1], input_ids[:, 1 - limit :]], dim=1), None
+    lengths = attention_mask.long().sum(dim=1, keepdim=True)
+    first = (lengths - (limit - 1)).clamp(min=1)
+    kept = first + torch.arange(limit - 1, device=input_ids.device)
+    kept = torch.cat([torch.zeros_like(first), kept], dim=1)
+    return input_ids.gather(1, kept), attention_mask.gather(1, kept)
+
+
+def _check_text(config: M2EncoderConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must have the shape [batch, tokens], got {tuple(input_ids.shape)}.")
+    if input_ids.is_floating_point():
+        raise ValueError(f"input_ids must be integers, got {input_ids.dtype}.")
+    if input_ids.shape[1] == 0:
+        raise ValueError("input_ids has no tokens: even an empty text is [CLS] and the end token.")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, "
+            f"got {tuple(attention_mask.shape)}."
+        )
+    # Reading values would stall an accelerator and cannot be traced; on the CPU it is free.
+    if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or input_ids.numel() == 0:
+        return
+    if attention_mask is not None and not bool(attention_mask[:, 0].all()):
+        raise ValueError(
+            "attention_mask hides the first token of a row, but the embedding is read at [CLS], which comes first: "
+            "pad on the right (tokenizer.padding_side = 'right')."
+        )
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(
+            f"input_ids must lie in [0, {config.vocab_size - 1}], got {low if low < 0 else high}: "
+            "was the text tokenised with another model's tokenizer?"
+        )
+
+
+def _check_pixels(config: M2EncoderConfig, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> None:
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
+        raise ValueError(
+            f"pixel_values must have the shape [batch, {config.num_channels}, height, width], "
+            f"got {tuple(pixel_values.shape)}."
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values must be the floating-point output of the image processor, got {pixel_values.dtype}."
+        )
+    height, width = pixel_values.shape[-2:]
+    if interpolate_pos_encoding:
+        if height < 1 or width < 1 or height % config.patch_size or width % config.patch_size:
+            raise ValueError(
+                f"Image sides must be multiples of the patch size {config.patch_size}, got {height} x {width}."
+            )
+    elif (height, width) != (config.image_size, config.image_size):
+        raise ValueError(
+            f"This model takes images of {config.image_size} x {config.image_size} pixels, got {height} x {width}. "
+            "Use the image processor of the checkpoint, or pass interpolate_pos_encoding=True."
+        )
+
+
+__all__ = [
+    "M2EncoderModel",
+    "M2EncoderPreTrainedModel",
+    "M2EncoderTextModel",
+    "M2EncoderVisionModel",
+]
