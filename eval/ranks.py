@@ -1,0 +1,361 @@
+"""The only scorer: exact, tie-aware retrieval ranks, the chance level beside each, and multiple-choice accuracy.
+
+    ranks = retrieval_ranks(image_embeds, text_embeds, text_to_image)
+    ranks.recall(1).text_to_image, ranks.chance(1).text_to_image
+
+Letters: N images, M texts, d embedding size, R multiple-choice rows, S all their candidates together.
+
+Recall needs no sorting, only the number of wrong answers that score above the best right one, and the number that
+score the same. Both are counted for both directions from one tiled fp32 matrix product; no N x M matrix is ever held.
+A matrix product rounds differently from one tile shape, thread count or device to the next, so scores that it cannot
+tell from the right answer's are compared again as fp64 dot products: the counts, ties included, do not depend on how
+the tiles were cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+# The cut-offs of the field, whose six values (three per direction) are averaged to the mean recall.
+RECALL_AT = (1, 5, 10)
+
+# A dot product of length d computed in precision u is off by at most c sqrt(d) u |a||b| with probability
+# 1 - 2 exp(-c^2 / 2) (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019): 1 - 3e-14 for
+# c = 8.
+ROUNDING_CONSTANT = 8.0
+
+# fp64 copies of this many pairs of rows are made at a time: about 100 MB at d = 1024.
+PAIRS_AT_ONCE = 4096
+
+Ties = Literal["expected", "optimistic", "pessimistic"]
+
+
+class Recall(NamedTuple):
+    """One fraction in [0, 1] per direction of retrieval."""
+
+    image_to_text: float
+    text_to_image: float
+
+
+@dataclass(frozen=True)
+class RetrievalRanks:
+    """Where the right answers stand, as counts: all that recall at any K needs. Fields are int64 tensors on the CPU.
+
+    An image that owns no text asks no question: it is a wrong answer for every text and not counted in `image_to_text`.
+    """
+
+    captions: torch.Tensor
+    """[N] texts that each image owns."""
+    image_greater: torch.Tensor
+    """[N] texts of other images that score above the image's best own text."""
+    image_equal: torch.Tensor
+    """[N] texts of other images that tie with the image's best own text."""
+    image_best: torch.Tensor
+    """[N] own texts that tie for the image's best, itself included."""
+    text_greater: torch.Tensor
+    """[M] images that score above the text's own image."""
+    text_equal: torch.Tensor
+    """[M] other images that tie with the text's own image."""
+
+    @property
+    def num_images_without_text(self) -> int:
+        """Images that no text belongs to."""
+        return int((self.captions == 0).sum())
+
+    @property
+    def num_tied_queries(self) -> int:
+        """Queries of both directions whose right answer ties with a wrong one; many mean degenerate embeddings."""
+        return int((self.image_equal > 0).sum() + (self.text_equal > 0).sum())
+
+    def recall(self, k: int, ties: Ties = "expected") -> Recall:
+        """The fraction of queries with a right answer among the first `k` (any-hit: one of an image's texts is enough).
+
+        Args:
+            k: how many answers are looked at; one larger than the gallery looks at all of it.
+            ties: answers that score the same are in random order ("expected": the exact mean over all orders), or the
+                right ones come first ("optimistic") or last ("pessimistic"). Without ties all three are the same.
+
+        Raises:
+            ValueError: for `k` < 1 or another value of `ties`.
+        """
+        asks = self.captions > 0
+        images = _hits(self.image_greater[asks], self.image_equal[asks], self.image_best[asks], k, ties)
+        texts = _hits(self.text_greater, self.text_equal, torch.ones_like(self.text_equal), k, ties)
+        return Recall(image_to_text=images.mean().item(), text_to_image=texts.mean().item())
+
+    def chance(self, k: int) -> Recall:
+        """The exact expectation of `recall(k)` for random rankings: 1 - C(M-c, k) / C(M, k) for an image with c texts.
+
+        Raises:
+            ValueError: for `k` < 1.
+        """
+        captions = self.captions[self.captions > 0]
+        nothing = torch.zeros_like(captions)
+        image_to_text = hit_probability(nothing, len(self.text_greater) - captions, captions, k).mean().item()
+        return Recall(image_to_text=image_to_text, text_to_image=min(k, len(self.captions)) / len(self.captions))
+
+    def mean_recall(self, ties: Ties = "expected") -> float:
+        """The mean of R@1, R@5 and R@10 of both directions, in [0, 1]."""
+        return float(np.mean([self.recall(k, ties) for k in RECALL_AT]))
+
+    def mean_recall_chance(self) -> float:
+        """The mean recall of random rankings, in [0, 1]."""
+        return float(np.mean([self.chance(k) for k in RECALL_AT]))
+
+
+def retrieval_ranks(
+    image_embeds: torch.Tensor | np.ndarray,
+    text_embeds: torch.Tensor | np.ndarray,
+    text_to_image: torch.Tensor | np.ndarray,
+    *,
+    tile: int = 2048,
+) -> RetrievalRanks:
+    """Rank every image for every text and every text for every image by their dot product.
+
+    Args:
+        image_embeds: [N, d] of a floating type. Nothing is normalised here: unit rows give cosine similarity, and that
+            is the caller's business.
+        text_embeds: [M, d], on the same device.
+        text_to_image: [M] integers in [0, N): the image that each text belongs to.
+        tile: rows and columns of the score blocks; memory beside the embeddings is O(tile^2). The result is the same
+            for every value.
+
+    Returns:
+        The counts on the CPU. Scores closer than fp64 rounding (about 1e-14 of the largest) are ties, so repeated rows
+        always tie.
+
+    Raises:
+        ValueError: for wrong shapes or types, no images or texts, indices outside [0, N), values that are not finite.
+    """
+    images, texts, owner, rounding = _checked(image_embeds, text_embeds, text_to_image)
+    if tile < 1:
+        raise ValueError(f"tile must be at least 1, not {tile}.")
+    # `tiny` covers products that fp32 flushes to zero.
+    margin = rounding * 2.0**-24 + torch.finfo(torch.float32).tiny
+    counts = _Counts(images, texts, owner, tie=rounding * 2.0**-53, margin=margin)
+    buffers = torch.empty(3, min(tile, len(texts)) * min(tile, len(images)), device=images.device)
+    with _full_fp32(images.device):
+        fp32_images = images.float()
+        for row in range(0, len(texts), tile):
+            block = texts[row : row + tile].float()
+            for column in range(0, len(images), tile):
+                part = fp32_images[column : column + tile]
+                scores, *work = (buffer[: len(block) * len(part)].view(len(block), len(part)) for buffer in buffers)
+                torch.mm(block, part.T, out=scores)
+                counts.add(scores, row, column, work)
+    return counts.result()
+
+
+def hit_probability(greater: torch.Tensor, equal: torch.Tensor, right: torch.Tensor, k: int) -> torch.Tensor:
+    """The probability that one of `right` tied right answers is among the first `k`, elementwise, fp64 in [0, 1].
+
+    `greater` wrong answers stand above them and `equal` wrong answers tie with them; tied answers are in random order.
+    With j = k - greater places left for the `equal + right` tied ones it is 1 - C(equal, j) / C(equal + right, j),
+    written as a product over the right answers so that nothing overflows.
+
+    Raises:
+        ValueError: for `k` < 1.
+    """
+    if k < 1:
+        raise ValueError(f"Recall is defined for K >= 1, not {k}.")
+    places = (k - greater).clamp(min=0)
+    missed = torch.ones(greater.shape, dtype=torch.float64)
+    for x in range(1, int(right.amax()) + 1):
+        factor = (equal - places + x).clamp(min=0).double() / (equal + x).double()
+        missed = torch.where(x <= right, missed * factor, missed)
+    return 1 - missed
+
+
+def choice_hits(
+    image_embeds: torch.Tensor, candidate_embeds: torch.Tensor, sizes: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Multiple choice: the probability that the best-scoring candidate of each row is the true one.
+
+    Args:
+        image_embeds: [R, d].
+        candidate_embeds: [S, d], the candidates of row 0, then those of row 1, and so on.
+        sizes: [R] integers >= 1 with sum S, the candidates of each row.
+        labels: [R] integers, the true candidate within each row, in [0, size).
+
+    Returns:
+        [R] fp64: 1 where the true candidate alone is best, 1/m where it shares that with m - 1 others, else 0.
+
+    Raises:
+        ValueError: for shapes or labels that do not fit together, or values that are not finite.
+    """
+    sizes, labels = torch.as_tensor(sizes).cpu(), torch.as_tensor(labels).cpu()
+    if not len(image_embeds) == len(sizes) == len(labels) > 0 or int(sizes.sum()) != len(candidate_embeds):
+        raise ValueError(
+            f"{len(image_embeds)} images, {len(sizes)} sizes that sum to {int(sizes.sum())}, {len(labels)} labels and "
+            f"{len(candidate_embeds)} candidates do not make one table of at least one row."
+        )
+    wrong = ((labels < 0) | (labels >= sizes)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(f"Row {wrong[0]} has label {int(labels[wrong[0]])} but {int(sizes[wrong[0]])} candidates.")
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    images, candidates, owner, rounding = _checked(image_embeds, candidate_embeds, owner)
+    owner = owner.cpu()
+    scores = _exact_scores(images.cpu(), candidates.cpu(), owner, torch.arange(len(owner)))
+    true = torch.cumsum(sizes, 0) - sizes + labels
+    tie = rounding * 2.0**-53
+    above = scores - scores[true][owner]
+    greater = torch.zeros(len(sizes), dtype=torch.long).index_add_(0, owner, (above > tie).long())
+    # The true candidate ties with itself.
+    equal = torch.zeros(len(sizes), dtype=torch.long).index_add_(0, owner, (above.abs() <= tie).long()) - 1
+    return hit_probability(greater, equal, torch.ones_like(equal), k=1)
+
+
+class _Counts:
+    """Running counts of both directions over the tiles of one score matrix."""
+
+    def __init__(self, images: torch.Tensor, texts: torch.Tensor, owner: torch.Tensor, *, tie: float, margin: float):
+        self.images, self.texts, self.owner, self.tie, self.margin = images, texts, owner, tie, margin
+        self.own = _exact_scores(texts, images, torch.arange(len(texts), device=owner.device), owner)
+        # Nothing scores above the infinite "best own text" of an image that has none.
+        best = torch.full((len(images),), -math.inf, dtype=torch.float64, device=images.device)
+        best = best.scatter_reduce(0, owner, self.own, "amax")
+        self.best = torch.where(best == -math.inf, math.inf, best)
+        self.captions = torch.bincount(owner, minlength=len(images))
+        is_best = (self.own >= self.best[owner] - tie).long()
+        self.image_best = torch.zeros_like(self.captions).index_add_(0, owner, is_best)
+        self.image_greater, self.image_equal = torch.zeros_like(self.captions), torch.zeros_like(self.captions)
+        self.text_greater, self.text_equal = torch.zeros_like(owner), torch.zeros_like(owner)
+
+    def add(self, scores: torch.Tensor, row: int, column: int, work: list[torch.Tensor]) -> None:
+        """Count one tile: `scores` of texts row.. against images column.., with two float buffers of its shape."""
+        rows, columns = slice(row, row + scores.shape[0]), slice(column, column + scores.shape[1])
+        own = self.owner[rows] - column
+        inside = ((own >= 0) & (own < scores.shape[1])).nonzero().flatten()
+        # A right answer competes with wrong ones only.
+        scores[inside, own[inside]] = -math.inf
+        self._count(
+            scores, rows, columns, self.own[rows, None], 1, self.text_greater[rows], self.text_equal[rows], work
+        )
+        best, greater, equal = self.best[None, columns], self.image_greater[columns], self.image_equal[columns]
+        self._count(scores, rows, columns, best, 0, greater, equal, work)
+
+    def _count(
+        self,
+        scores: torch.Tensor,
+        rows: slice,
+        columns: slice,
+        right: torch.Tensor,
+        axis: int,
+        greater: torch.Tensor,
+        equal: torch.Tensor,
+        work: list[torch.Tensor],
+    ) -> None:
+        """Add to `greater` and `equal` the wrong answers along `axis` of the tile, against the fp64 scores `right`."""
+        # Comparisons go into float buffers: summing those is ten times faster on the CPU than summing booleans.
+        above = torch.gt(scores, (right + self.margin).float(), out=work[0])
+        greater += above.sum(axis).long()
+        near = torch.ge(scores, (right - self.margin).float(), out=work[1]).sub_(above)
+        text, image = _nonzero(near)
+        if not len(text):
+            return
+        if len(text) * 16 > scores.numel():  # collapsed embeddings: nearly everything ties, one product is cheaper
+            exact = (self.texts[rows].double() @ self.images[columns].double().T)[text, image]
+        else:
+            exact = _exact_scores(self.texts[rows], self.images[columns], text, image)
+        kept = text if axis == 1 else image
+        above = exact - right.flatten()[kept]
+        greater.index_add_(0, kept, (above > self.tie).long())
+        equal.index_add_(0, kept, (above.abs() <= self.tie).long())
+
+    def result(self) -> RetrievalRanks:
+        return RetrievalRanks(
+            captions=self.captions.cpu(),
+            image_greater=self.image_greater.cpu(),
+            image_equal=self.image_equal.cpu(),
+            image_best=self.image_best.cpu(),
+            text_greater=self.text_greater.cpu(),
+            text_equal=self.text_equal.cpu(),
+        )
+
+
+def _hits(greater: torch.Tensor, equal: torch.Tensor, right: torch.Tensor, k: int, ties: Ties) -> torch.Tensor:
+    if ties == "optimistic":
+        equal = torch.zeros_like(equal)
+    elif ties == "pessimistic":
+        greater, equal = greater + equal, torch.zeros_like(equal)
+    elif ties != "expected":
+        raise ValueError(f'ties is one of "expected", "optimistic" and "pessimistic", not {ties!r}.')
+    return hit_probability(greater, equal, right, k)
+
+
+def _exact_scores(left: torch.Tensor, right: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """fp64 dot products of the rows `left[i]` and `right[j]`, [len(i)]."""
+    parts = [
+        (left[a].double() * right[b].double()).sum(-1)
+        for a, b in zip(i.split(PAIRS_AT_ONCE), j.split(PAIRS_AT_ONCE), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _nonzero(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if matrix.device.type != "cpu":
+        row, column = matrix.nonzero(as_tuple=True)
+        return row, column
+    # On the CPU torch.nonzero of a sparse tile takes as long as the matrix product; numpy's takes a tenth of it.
+    flat = torch.from_numpy(np.flatnonzero(matrix.numpy()))
+    return flat // matrix.shape[1], flat % matrix.shape[1]
+
+
+@contextmanager
+def _full_fp32(device: torch.device) -> Iterator[None]:
+    """No TF32, no bf16, no autocast: ranks must not depend on what a training loop has switched on."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False), torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _checked(
+    image_embeds: torch.Tensor | np.ndarray, text_embeds: torch.Tensor | np.ndarray, owner: torch.Tensor | np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Images, texts and owners as tensors on one device, and the rounding error of any of their dot products in units
+    of the precision it is computed in; or a ValueError that says what is wrong."""
+    images, texts = torch.as_tensor(image_embeds).detach(), torch.as_tensor(text_embeds).detach()
+    largest = []
+    for name, embeds in (("image", images), ("text", texts)):
+        if embeds.ndim != 2 or not embeds.is_floating_point():
+            seen = f"{embeds.dtype} {list(embeds.shape)}"
+            raise ValueError(f"{name} embeddings must be a floating [rows, d] matrix, not {seen}.")
+        if not embeds.numel():
+            raise ValueError(f"There are no {name} embeddings to rank: {list(embeds.shape)}.")
+        norms = torch.linalg.vector_norm(embeds, dim=1, dtype=torch.float64)
+        bad = (~norms.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"{len(bad)} of {len(embeds)} {name} embeddings hold NaN or infinity, the first in row {bad[0]}."
+            )
+        largest.append(norms.amax().item())
+    if images.shape[1] != texts.shape[1]:
+        raise ValueError(
+            f"Images have {images.shape[1]} dimensions and texts {texts.shape[1]}: not one embedding space."
+        )
+    if largest[0] * largest[1] > 1e37:
+        raise ValueError(
+            f"Embeddings of norm {largest[0]:.3g} and {largest[1]:.3g} overflow in fp32: normalise them first."
+        )
+    owner = torch.as_tensor(owner)
+    if owner.is_floating_point() or owner.is_complex() or owner.dtype == torch.bool or owner.shape != (len(texts),):
+        seen = f"{owner.dtype} {list(owner.shape)}"
+        raise ValueError(f"text_to_image must hold one integer for each of the {len(texts)} texts, not {seen}.")
+    outside = ((owner < 0) | (owner >= len(images))).nonzero().flatten().tolist()
+    if outside:
+        raise ValueError(
+            f"text_to_image[{outside[0]}] is {int(owner[outside[0]])}, but there are {len(images)} images."
+        )
+    rounding = ROUNDING_CONSTANT * math.sqrt(images.shape[1]) * largest[0] * largest[1]
+    return images, texts, owner.to(images.device, torch.long), rounding
