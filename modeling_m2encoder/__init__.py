@@ -3,6 +3,8 @@
 Importing registers the classes, so that checkpoints load without `trust_remote_code`.
 """
 
+# First of all: it explains a failure that every import of transformers would meet.
+from . import torchvision_check  # noqa: F401, I001
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -14,7 +16,7 @@ from transformers import (
 )
 
 from .configuration_m2encoder import SIZES, M2EncoderConfig
-from .image_processing_m2encoder import M2EncoderImageProcessorPil
+from .image_processing_m2encoder import M2EncoderImageProcessor, M2EncoderImageProcessorPil
 from .modeling_m2encoder import (
     M2EncoderModel,
     M2EncoderPreTrainedModel,
@@ -26,10 +28,10 @@ from .processing_m2encoder import M2EncoderProcessor
 AutoConfig.register("m2_encoder", M2EncoderConfig)
 AutoModel.register(M2EncoderConfig, M2EncoderModel)
 AutoModelForZeroShotImageClassification.register(M2EncoderConfig, M2EncoderModel)
-# The same class under both names: with PIL alone under "pil", transformers warns wherever torchvision is installed.
+# transformers takes the first where torchvision is installed; `backend="pil"` pins the other.
 AutoImageProcessor.register(
     M2EncoderConfig,
-    image_processor_classes={"torchvision": M2EncoderImageProcessorPil, "pil": M2EncoderImageProcessorPil},
+    image_processor_classes={"torchvision": M2EncoderImageProcessor, "pil": M2EncoderImageProcessorPil},
 )
 AutoTokenizer.register(M2EncoderConfig, fast_tokenizer_class=TokenizersBackend)
 AutoProcessor.register(M2EncoderConfig, M2EncoderProcessor)
@@ -37,6 +39,7 @@ AutoProcessor.register(M2EncoderConfig, M2EncoderProcessor)
 __all__ = [
     "SIZES",
     "M2EncoderConfig",
+    "M2EncoderImageProcessor",
     "M2EncoderImageProcessorPil",
     "M2EncoderModel",
     "M2EncoderPreTrainedModel",

@@ -19,7 +19,7 @@ SIZES: dict[str, dict[str, int]] = {
         "intermediate_size": 512,
         "projection_dim": 128,
         "image_size": 64,
-        "patch_size": 8,
+        "patch_size": 16,
         "max_position_embeddings": 54,
     },
     "0.4B": {

@@ -44,11 +44,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
-    """Factor on the learning rate of update number `step`, which counts from 0.
+    """Factor on the learning rate of update number `step`; the first update is number 1, the last `total_steps`.
 
-    Linear over the first `warmup_steps` updates, 1/w, 2/w, ..., 1; then half a cosine from exactly 1 at `warmup_steps`
-    to exactly `min_ratio` at `total_steps`, the first step that is no longer taken; `min_ratio` after that. Neither the
-    first nor the last update has a factor of 0.
+    Linear from 0 at step 0 to exactly 1 at `warmup_steps`, then half a cosine to exactly `min_ratio` at `total_steps`;
+    `min_ratio` after that.
 
     Raises:
         ValueError: unless 0 <= warmup_steps <= total_steps, total_steps >= 1, 0 <= min_ratio <= 1 and step >= 0.
@@ -61,7 +60,7 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, min_ratio: flo
     if step >= total_steps:
         return min_ratio
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
+        return step / warmup_steps
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2
 

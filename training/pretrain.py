@@ -78,12 +78,12 @@ def pretrain(config: PretrainConfig) -> Path:
         metrics = train_step(accelerator, wrapped, optimizer, batch, lr, settings.max_grad_norm)
         log.count_skipped(batch["skipped"])
         last = step == config.steps
-        evaluating = config.evaluation.every and (step % config.evaluation.every == 0 or last)
+        evaluating = config.evaluation.every > 0 and (step % config.evaluation.every == 0 or last)
         if evaluating or last or step % config.log_every == 0 or step == 1:
-            scores = evaluate(config, accelerator, wrapped, processor) if evaluating else {}
-            log.write(step, {**metrics, "lr": lr, **scores})
-        if evaluating:
-            log.restart_clock(step)
+            record = {**metrics, "lr": lr, "samples_per_second": log.samples_per_second(step)}
+            if evaluating:
+                record |= evaluate(config, accelerator, wrapped, processor)
+            log.write(step, record)
     log.close()
 
     # ---- Result

@@ -29,9 +29,10 @@ class RunLog:
         """Adds this rank's unusable samples, by reason."""
         self._skipped.update(skipped)
 
-    def restart_clock(self, step: int) -> None:
-        """Leaves what happened until now (an evaluation) out of `samples_per_second`."""
-        self._last = (step, time.perf_counter())
+    def samples_per_second(self, step: int) -> float:
+        """Over all processes, since the last `write`; ask before an evaluation, whose time is not to count."""
+        last_step, last_time = self._last
+        return round((step - last_step) * self._batch_size / (time.perf_counter() - last_time), 1)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Logs one step. Tensors are averaged over the processes; the loss of the global batch is such an average.
@@ -39,24 +40,22 @@ class RunLog:
         Raises:
             FloatingPointError: when the loss is not finite; going on would only waste time.
         """
-        last_step, last_time = self._last
-        speed = (step - last_step) * self._batch_size / (time.perf_counter() - last_time)
-        self._last = (step, time.perf_counter())
         mean = {
             name: self._accelerator.reduce(value.float().reshape(()), "mean").item()
             if isinstance(value, torch.Tensor)
             else value
             for name, value in metrics.items()
         }
-        line = {"step": step, "samples": step * self._batch_size, **mean, "samples_per_second": round(speed, 1)}
+        line = {"step": step, "samples": step * self._batch_size, **mean}
         if self._skipped:
             line["skipped"] = dict(self._skipped)
         if self._file is not None:
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix(loss=f"{mean['loss']:.3f}", per_second=f"{speed:.0f}")
+            self._bar.set_postfix(loss=f"{mean['loss']:.3f}", samples_per_second=mean["samples_per_second"])
         self._accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=step)
+        self._last = (step, time.perf_counter())
         if not math.isfinite(mean["loss"]):
             raise FloatingPointError(
                 f"The loss is {mean['loss']} at step {step}: lower optimizer.lr or lengthen optimizer.warmup_steps."

@@ -86,7 +86,7 @@ def test_lamb_resumes_bit_exactly_and_follows_a_scheduler() -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     optimizer = build_optimizer(model, "lamb", lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 2, 6, 0.0))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step + 1, 2, 6, 0.0))
     data = torch.randn(6, 5, 4)
 
     def train(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: object, steps: range) -> None:
@@ -99,13 +99,13 @@ def test_lamb_resumes_bit_exactly_and_follows_a_scheduler() -> None:
     train(model, optimizer, schedule, range(3))
     other = copy.deepcopy(model)
     resumed = build_optimizer(other, "lamb", lr=0.1)
-    other_schedule = torch.optim.lr_scheduler.LambdaLR(resumed, lambda step: warmup_cosine(step, 2, 6, 0.0))
+    other_schedule = torch.optim.lr_scheduler.LambdaLR(resumed, lambda step: warmup_cosine(step + 1, 2, 6, 0.0))
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     other_schedule.load_state_dict(schedule.state_dict())
     train(model, optimizer, schedule, range(3, 6))
     train(other, resumed, other_schedule, range(3, 6))
     assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
-    assert optimizer.param_groups[0]["lr"] == 0.0
+    assert optimizer.param_groups[0]["lr"] == 0.0  # the schedule stands after the last update
 
 
 @pytest.mark.parametrize("name", ["lamb", "adamw"])
@@ -169,12 +169,12 @@ def test_groups_leave_out_frozen_and_repeat_nothing() -> None:
 
 def test_schedule_by_hand() -> None:
     values = [warmup_cosine(step, 4, 12, 0.1) for step in range(15)]
-    assert values[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert values[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert values[8] == pytest.approx(0.55, abs=1e-12)  # half way: the mean of 1 and 0.1
     assert values[12:] == [0.1, 0.1, 0.1]
     assert all(a > b for a, b in zip(values[4:12], values[5:13], strict=True))
-    assert warmup_cosine(0, 0, 1, 0.0) == 1.0
-    assert warmup_cosine(3, 4, 4, 0.0) == 1.0 and warmup_cosine(4, 4, 4, 0.0) == 0.0
+    assert warmup_cosine(0, 0, 2, 0.0) == 1.0 and warmup_cosine(1, 0, 2, 0.0) == pytest.approx(0.5)
+    assert warmup_cosine(3, 4, 4, 0.0) == 0.75 and warmup_cosine(4, 4, 4, 0.0) == 0.0
 
 
 @pytest.mark.parametrize(
