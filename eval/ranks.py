@@ -141,7 +141,7 @@ def retrieval_ranks(
     margin = rounding * 2.0**-24 + torch.finfo(torch.float32).tiny
     counts = _Counts(images, texts, owner, tie=rounding * 2.0**-53, margin=margin)
     buffers = torch.empty(3, min(tile, len(texts)) * min(tile, len(images)), device=images.device)
-    with _full_fp32(images.device):
+    with _full_fp32():
         fp32_images = images.float()
         for row in range(0, len(texts), tile):
             block = texts[row : row + tile].float()
@@ -231,43 +231,30 @@ class _Counts:
     def add(self, scores: torch.Tensor, row: int, column: int, work: list[torch.Tensor]) -> None:
         """Count one tile: `scores` of texts row.. against images column.., with two float buffers of its shape."""
         rows, columns = slice(row, row + scores.shape[0]), slice(column, column + scores.shape[1])
+        texts, images = self.texts[rows], self.images[columns]
         own = self.owner[rows] - column
-        inside = ((own >= 0) & (own < scores.shape[1])).nonzero().flatten()
+        inside = ((own >= 0) & (own < len(images))).nonzero().flatten()
         # A right answer competes with wrong ones only.
         scores[inside, own[inside]] = -math.inf
-        self._count(
-            scores, rows, columns, self.own[rows, None], 1, self.text_greater[rows], self.text_equal[rows], work
-        )
-        best, greater, equal = self.best[None, columns], self.image_greater[columns], self.image_equal[columns]
-        self._count(scores, rows, columns, best, 0, greater, equal, work)
 
-    def _count(
-        self,
-        scores: torch.Tensor,
-        rows: slice,
-        columns: slice,
-        right: torch.Tensor,
-        axis: int,
-        greater: torch.Tensor,
-        equal: torch.Tensor,
-        work: list[torch.Tensor],
-    ) -> None:
-        """Add to `greater` and `equal` the wrong answers along `axis` of the tile, against the fp64 scores `right`."""
+        for axis, right, part, greater, equal in (
+            (1, self.own[rows], rows, self.text_greater, self.text_equal),
+            (0, self.best[columns], columns, self.image_greater, self.image_equal),
+        ):
+            above, text, image = self._compare(scores, right.unsqueeze(axis), axis, work)
+            kept = (text, image)[1 - axis]
+            distance = _exact_tile_scores(texts, images, text, image) - right[kept]
+            greater[part] += above.index_add_(0, kept, (distance > self.tie).long())
+            equal[part] += torch.zeros_like(above).index_add_(0, kept, (distance.abs() <= self.tie).long())
+
+    def _compare(
+        self, scores: torch.Tensor, right: torch.Tensor, axis: int, work: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """How many scores along `axis` are above `right` for certain, and the (text, image) pairs that are in doubt."""
         # Comparisons go into float buffers: summing those is ten times faster on the CPU than summing booleans.
         above = torch.gt(scores, (right + self.margin).float(), out=work[0])
-        greater += above.sum(axis).long()
         near = torch.ge(scores, (right - self.margin).float(), out=work[1]).sub_(above)
-        text, image = _nonzero(near)
-        if not len(text):
-            return
-        if len(text) * 16 > scores.numel():  # collapsed embeddings: nearly everything ties, one product is cheaper
-            exact = (self.texts[rows].double() @ self.images[columns].double().T)[text, image]
-        else:
-            exact = _exact_scores(self.texts[rows], self.images[columns], text, image)
-        kept = text if axis == 1 else image
-        above = exact - right.flatten()[kept]
-        greater.index_add_(0, kept, (above > self.tie).long())
-        equal.index_add_(0, kept, (above.abs() <= self.tie).long())
+        return above.sum(axis).long(), *_nonzero(near)
 
     def result(self) -> RetrievalRanks:
         return RetrievalRanks(
@@ -299,6 +286,15 @@ def _exact_scores(left: torch.Tensor, right: torch.Tensor, i: torch.Tensor, j: t
     return torch.cat(parts)
 
 
+def _exact_tile_scores(
+    texts: torch.Tensor, images: torch.Tensor, text: torch.Tensor, image: torch.Tensor
+) -> torch.Tensor:
+    """fp64 scores of some pairs of a tile. If they are many (collapsed embeddings), one fp64 product is cheaper."""
+    if len(text) * 16 > len(texts) * len(images):
+        return (texts.double() @ images.double().T)[text, image]
+    return _exact_scores(texts, images, text, image)
+
+
 def _nonzero(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if matrix.device.type != "cpu":
         row, column = matrix.nonzero(as_tuple=True)
@@ -309,13 +305,12 @@ def _nonzero(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @contextmanager
-def _full_fp32(device: torch.device) -> Iterator[None]:
-    """No TF32, no bf16, no autocast: ranks must not depend on what a training loop has switched on."""
+def _full_fp32() -> Iterator[None]:
+    """No TF32 and no bf16, whatever a training loop has switched on. (Autocast leaves products with `out=` alone.)"""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False), torch.no_grad():
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(precision)
 

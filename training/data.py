@@ -125,7 +125,11 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else pa.null()
+        if kind.get_field_index("bytes") < 0:
+            return False
+        kind = kind.field("bytes").type
+        if pa.types.is_null(kind):  # every image is a path
+            return True
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
@@ -170,15 +174,16 @@ class CaptionDataset:
         self.image_column = image_column
         self.columns = dict(captions if captions is not None else {"en": "captions_en", "zh": "captions_zh"})
         _check_columns(self.files, list(self.columns.values()), image_column)
+        filled = [path for path in self.files if pq.read_metadata(path).num_rows]  # datasets stumbles over empty ones
+        if not filled:
+            raise ValueError(f"No row in {', '.join(map(str, self.files))}.")
         with _quiet():
             # Not load_dataset: that counts the use of its "parquet" loader on the network.
             table = datasets.Dataset.from_parquet(
-                [glob.escape(str(path)) for path in self.files],
+                [glob.escape(str(path)) for path in filled],
                 cache_dir=str(cache_dir) if cache_dir is not None else None,
                 columns=list(dict.fromkeys([image_column, *self.columns.values()])),
             )
-        if not len(table):
-            raise ValueError(f"No row in {', '.join(map(str, self.files))}.")
         self._table = table.with_format("arrow")
 
     def __len__(self) -> int:
@@ -236,9 +241,10 @@ def decode_image(image: bytes | str | None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter limit
             opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        if math.prod(opened.size) > MAX_PIXELS:
-            raise UnusableImage("too_many_pixels")
-        return to_rgb(opened)
+        with opened:
+            if math.prod(opened.size) > MAX_PIXELS:
+                raise UnusableImage("too_many_pixels")
+            return to_rgb(opened)
     except (UnusableImage, MemoryError):
         raise
     except FileNotFoundError as error:
@@ -254,7 +260,7 @@ def decode_image(image: bytes | str | None) -> Image.Image:
 
 
 class PixelTransform:
-    """RGB images to `pixel_values`, bit for bit as the model's image processor without augmentation, 7 times faster.
+    """RGB images to `pixel_values`, bit for bit as the model's image processor makes them, in half the time or less.
 
     Args:
         image_processor: resizes to a fixed height and width, rescales and normalises.
@@ -527,6 +533,6 @@ def batches(
         batch_size=None,  # an item is a batch already
         sampler=range(start_step, start_step + num_steps),
         num_workers=num_workers,
-        pin_memory=torch.accelerator.is_available(),
+        pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)

@@ -46,7 +46,7 @@ class RunLog:
             else value
             for name, value in metrics.items()
         }
-        line = {"step": step, "samples": step * self._batch_size, **mean}
+        line = {"step": step, "samples": step * self._batch_size, "processes": self._accelerator.num_processes, **mean}
         if self._skipped:
             line["skipped"] = dict(self._skipped)
         if self._file is not None:

@@ -1,0 +1,242 @@
+"""Pretraining end to end: each way of launching it, one process against two, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from transformers import AutoModel, AutoProcessor
+
+from modeling_m2encoder import M2EncoderConfig, M2EncoderModel
+from tests.distributed import run_distributed
+from training.checkpoint import export
+from training.configs import PRESETS, PretrainConfig, nano_smoke
+from training.pretrain import parse, pretrain, train_step
+from training.scenes import ScenesConfig, write_scenes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(folder, ScenesConfig(train=64, validation=16, test=48, task_size=4, workers=1))
+    return folder
+
+
+def smoke(scenes: Path, output_dir: Path, **changes: Any) -> PretrainConfig:
+    preset = nano_smoke()
+    data = dataclasses.replace(preset.data, files=(f"{scenes}/train-*.parquet",))
+    return dataclasses.replace(preset, output_dir=str(output_dir), data=data, **changes)
+
+
+def log_of(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_writes_log_settings_and_a_model_that_loads(scenes: Path, tmp_path: Path):
+    evaluation = dataclasses.replace(nano_smoke().evaluation, every=2, scenes=str(scenes), limit=8)
+    folder = pretrain(smoke(scenes, tmp_path / "run", evaluation=evaluation))
+    lines = log_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["samples"] for line in lines] == [16, 32, 48, 64]
+    required = {"step", "samples", "loss", "loss_itc", "logit_scale", "lr", "grad_norm", "samples_per_second"}
+    assert all(required <= line.keys() for line in lines)
+    assert [line["lr"] for line in lines] == pytest.approx([5e-3, 1e-2, 5e-3, 0.0])
+    assert "scenes/retrieval/zh/mean_recall" in lines[1] and "scenes/retrieval/zh/mean_recall" not in lines[2]
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["steps"] == 4 and settings["data"]["captions"] == {"en": "captions_en", "zh": "captions_zh"}
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert type(model) is M2EncoderModel and model.config.vocab_size == len(processor.tokenizer)
+    with pytest.raises(ValueError, match="already holds a run"):
+        pretrain(smoke(scenes, tmp_path / "run"))
+
+
+def test_training_learns_and_is_repeatable(scenes: Path, tmp_path: Path):
+    """The loss of 30 steps on 64 pairs falls well below ln(16) = 2.77, twice to the same numbers."""
+    optimizer = dataclasses.replace(nano_smoke().optimizer, name="adamw", lr=1e-3)
+    losses = []
+    for name in ("a", "b"):
+        pretrain(smoke(scenes, tmp_path / name, steps=30, optimizer=optimizer))
+        losses.append([line["loss"] for line in log_of(tmp_path / name)])
+    assert losses[0] == losses[1]
+    assert losses[0][0] == pytest.approx(2.77, abs=0.2) and losses[0][-1] < 2.2
+
+
+def test_continues_from_a_checkpoint(scenes: Path, tmp_path: Path):
+    first = pretrain(smoke(scenes, tmp_path / "a"))
+    second = pretrain(smoke(scenes, tmp_path / "b", init_from=str(first), steps=1))
+    config = AutoModel.from_pretrained(second).config
+    assert config.vocab_size == AutoModel.from_pretrained(first).config.vocab_size
+
+
+# ---- Launchers
+
+
+ACCELERATE_CONFIG = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+use_cpu: true
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+main_process_ip: 127.0.0.1
+main_process_port: 29517
+mixed_precision: 'no'
+"""
+
+
+def launch(command: list[str], output_dir: Path, scenes: Path) -> None:
+    arguments = ["nano_smoke", "--output-dir", str(output_dir), "--data.files", f"{scenes}/train-*.parquet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "training.pretrain", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_launcher_gives_the_same_run(scenes: Path, tmp_path: Path):
+    """python, torchrun and accelerate launch; one process and two see the same global batches."""
+    (tmp_path / "two_cpu_processes.yaml").write_text(ACCELERATE_CONFIG)
+    launchers = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"],
+        "accelerate": [
+            "accelerate.commands.launch",
+            "--config_file",
+            str(tmp_path / "two_cpu_processes.yaml"),
+            "-m",
+        ],
+    }
+    subprocess_of_one = [sys.executable, "-m", "training.pretrain"]
+    arguments = ["nano_smoke", "--output-dir", str(tmp_path / "python"), "--data.files", f"{scenes}/train-*.parquet"]
+    subprocess.run([*subprocess_of_one, *arguments], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    expected = log_of(tmp_path / "python")
+    assert [line["processes"] for line in expected] == [1] * 4
+    for name, command in launchers.items():
+        launch(command, tmp_path / name, scenes)
+        lines = log_of(tmp_path / name)
+        assert [line["processes"] for line in lines] == [2] * 4, name
+        for line, one in zip(lines, expected, strict=True):
+            assert line["loss"] == pytest.approx(one["loss"], abs=1e-5), name
+            assert line["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4), name
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients that it is given instead of using them."""
+
+    def step(self, closure: Any = None) -> None:
+        self.seen = [parameter.grad.clone() for group in self.param_groups for parameter in group["params"]]
+
+
+def loss_and_gradients() -> tuple[float, list[torch.Tensor]]:
+    """One `train_step` on this rank's share of a fixed global batch of 8."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    # What torchrun would set: Accelerate reads its rank from here.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == world_size
+    torch.manual_seed(0)
+    config = M2EncoderConfig.from_size(
+        "nano",
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        mask_token_id=2,
+    )
+    model = M2EncoderModel(config).train()
+    ids = torch.randint(0, 100, (8, 12))
+    mask = (torch.arange(12)[None] < torch.randint(3, 13, (8, 1))).long()
+    pixels = torch.randn(8, 3, 64, 64)
+    recorder = Recorder(model.parameters(), lr=1.0)
+    wrapped, optimizer = accelerator.prepare(model, recorder)
+    mine = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
+    batch = {"input_ids": ids[mine], "attention_mask": mask[mine], "pixel_values": pixels[mine]}
+    loss = train_step(accelerator, wrapped, optimizer, batch, lr=1.0, max_grad_norm=1e9)["loss"]
+    return accelerator.reduce(loss, "mean").item(), recorder.seen
+
+
+def test_two_processes_have_the_gradients_of_one():
+    (loss, gradients), *_ = run_distributed(loss_and_gradients, 1)
+    for other_loss, other_gradients in run_distributed(loss_and_gradients, 2):
+        assert other_loss == pytest.approx(loss, abs=1e-5)
+        assert len(gradients) == len(other_gradients) > 50
+        for one, two in zip(gradients, other_gradients, strict=True):
+            assert (one - two).norm() <= 1e-5 * max(one.norm().item(), 1e-3)
+
+
+# ---- Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"output_dir": ""}, "output-dir"),
+        ({"batch_size": 1}, "at least 2"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"size": "2B"}, "2B"),
+    ],
+)
+def test_impossible_settings(scenes: Path, tmp_path: Path, changes: dict[str, Any], named: str):
+    config = dataclasses.replace(smoke(scenes, tmp_path / "run"), **changes)
+    with pytest.raises(ValueError, match=named):
+        pretrain(config)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_impossible_settings_of_the_parts(scenes: Path, tmp_path: Path):
+    config = smoke(scenes, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"multiple of their number \(3\).*15 and 18"):
+        config.check(num_processes=3)
+    late = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=99))
+    with pytest.raises(ValueError, match="warmup_steps"):
+        late.check(1)
+    blind = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, every=5))
+    with pytest.raises(ValueError, match="evaluation.every needs data"):
+        blind.check(1)
+    nothing = dataclasses.replace(config, data=dataclasses.replace(config.data, files=()))
+    with pytest.raises(ValueError, match="data.files"):
+        nothing.check(1)
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, files=("/nowhere/*.parquet",)))
+    with pytest.raises(ValueError, match="/nowhere"):
+        pretrain(elsewhere)
+
+
+def test_the_command_line():
+    config = parse(["nano", "--output-dir", "x", "--data.files", "a", "b", "--data.captions", "en", "c", "zh", "d"])
+    assert config.data.files == ("a", "b") and config.data.captions == {"en": "c", "zh": "d"}
+    with pytest.raises(SystemExit, match="one of: " + ", ".join(PRESETS)):
+        parse(["huge"])
+
+
+def test_export_is_whole_or_absent(model, processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    export(model, processor, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir() if path.is_file()}
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(processor), "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        export(model, processor, tmp_path / "model")
+    after = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir() if path.is_file()}
+    assert before == after and [path.name for path in tmp_path.iterdir()] == ["model"]
