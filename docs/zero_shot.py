@@ -1,6 +1,6 @@
 """Zero-shot classification of one image in two languages with the transformers pipeline.
 
-    python docs/zero_shot.py runs/quickstart/nano/model runs/quickstart/scenes
+python docs/zero_shot.py runs/quickstart/nano/model runs/quickstart/scenes
 """
 
 import json

@@ -7,8 +7,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# Architecture table of the official checkpoints (paper Table 9 and the official inference configs). `nano` is ours: small
-# enough to be trained on a laptop CPU in minutes, with the same code path as the large ones.
+# Architecture table of the official checkpoints (paper Table 9 and the official inference configs). `nano` is
+# ours: small enough to be trained on a laptop CPU in minutes, with the same code path as the large ones.
 SIZES: dict[str, dict[str, int | float]] = {
     "nano": {
         "vocab_size": 2000,
@@ -21,7 +21,8 @@ SIZES: dict[str, dict[str, int | float]] = {
         "image_size": 64,
         "patch_size": 16,
         "max_position_embeddings": 54,
-        # 0.02 is meant for widths of 768 and more; at 128 it starts with branches that hardly add anything (docs/log.md).
+        # 0.02 is meant for widths of 768 and more; at 128 it starts with branches that hardly add anything
+        # (docs/log.md).
         "initializer_range": 0.06,
     },
     "0.4B": {
@@ -50,8 +51,8 @@ SIZES: dict[str, dict[str, int | float]] = {
     },
 }
 
-# fairseq's learned positions begin at row 2 (rows 0 and 1 belong to its padding); the official tables have these rows, so
-# ours keep them and every checkpoint can be converted in both directions without loss.
+# fairseq's learned positions begin at row 2 (rows 0 and 1 belong to its padding); the official tables have these
+# rows, so ours keep them and every checkpoint can be converted in both directions without loss.
 POSITION_OFFSET = 2
 
 
@@ -159,9 +160,7 @@ class M2EncoderConfig(PreTrainedConfig):
                 f"({self.num_attention_heads})."
             )
         if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})."
-            )
+            raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size}).")
         if not 2 <= self.max_text_length <= self.max_position_embeddings - POSITION_OFFSET:
             raise ValueError(
                 f"max_text_length must lie between 2 ([CLS] and the end token) and max_position_embeddings - "

@@ -1,9 +1,8 @@
-"""The Hub folder: what lies beside the weights so that every tool of the ecosystem accepts it, written whole or not
-at all.
+"""The Hub folder: what lies beside the weights so that every tool of the ecosystem accepts it; whole or not at all.
 
 `save_hub_folder(model, processor, folder)` is what training exports with; `write_hub_extras(folder)` completes a
-folder that holds config, weights and processor already, as the conversion of published checkpoints does. Not part
-of the remote code.
+folder that holds config, weights and processor already, as the conversion of published checkpoints does. Not part of
+the remote code.
 """
 
 from __future__ import annotations
@@ -63,39 +62,39 @@ SENTENCE_TRANSFORMERS = {
 
 
 @contextmanager
-def complete_or_absent(folder: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder beside `folder` to write into; it takes that name when the block ends, and vanishes when the block
-    fails.
+def complete_or_absent(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """A place beside `path` for a file or a folder to be written to; it takes that name when the block ends, and
+    vanishes when the block fails.
 
-    Everything is on the disk before the name appears. A process that is killed leaves a hidden `.NAME.*` folder behind.
+    Everything is on the disk before the name appears. A process that is killed outright leaves a hidden `.NAME.*`
+    behind.
 
     Args:
-        replace: an older folder of that name makes way at the end; otherwise it is refused.
+        replace: what has that name makes way at the end; otherwise it is refused.
 
     Raises:
-        ValueError: when `folder` exists and `replace` is not set.
+        ValueError: when `path` exists and `replace` is not set.
     """
-    folder = Path(folder)
-    if not replace and (folder.exists() or folder.is_symlink()):
-        raise ValueError(f"{folder} exists already: choose another name or remove it first.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    path = Path(path)
+    if not replace and (path.exists() or path.is_symlink()):
+        raise ValueError(f"{path} exists already: choose another name or remove it first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        written = beside / folder.name
-        written.mkdir()
+        written = beside / path.name
         yield written
         _settle(written)
-        if replace and folder.exists():
-            folder.rename(beside / "older")
-        written.rename(folder)
-        _sync(folder.parent)
+        if replace and path.exists():
+            path.rename(beside / "older")
+        written.rename(path)
+        _sync(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _settle(folder: Path) -> None:
+def _settle(written: Path) -> None:
     """Flushes everything to the disk and makes it readable: safetensors writes its files with mode 0600."""
-    for path in [*folder.rglob("*"), folder]:
+    for path in [*written.rglob("*"), written]:
         path.chmod(0o755 if path.is_dir() else 0o644)
         _sync(path)
 

@@ -3,11 +3,13 @@ where it is."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL import __version__ as pillow_version
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling, load_image
 from transformers.utils import is_torchvision_available
@@ -57,8 +59,9 @@ class M2EncoderImageProcessorPil(OfficialTransform, PilBackend):
 
 class M2EncoderImageProcessor(OfficialTransform, TorchvisionBackend):
     r"""
-    The same by torchvision: faster, on an accelerator too, and within one grey level of PIL (2/255 in `pixel_values`).
-    `AutoImageProcessor` chooses it where torchvision is installed. It takes and refuses the same images.
+    The same in torch, on an accelerator too (`device="cuda"`): the grey levels are PIL's, the last bit of the
+    floating-point numbers is not. `AutoImageProcessor` chooses it where torchvision is installed. It takes and
+    refuses the same images.
     """
 
     def __init__(self, **kwargs: Any):
@@ -72,18 +75,64 @@ class M2EncoderImageProcessor(OfficialTransform, TorchvisionBackend):
     def from_rgb(self, image: np.ndarray, device: torch.device | None = None, **kwargs: Any) -> torch.Tensor:
         return torch.from_numpy(image.copy()).to(device)
 
-    def resize(self, image: torch.Tensor, size: Any, **kwargs: Any) -> torch.Tensor:
+    def resize(self, image: torch.Tensor, size: Any, resample: Any = None, **kwargs: Any) -> torch.Tensor:
         """[B, 3, height, width] -> [B, 3, size.height, size.width]."""
-        # PIL rounds and clips to 8 bits between the two directions; where a bicubic filter overshoots, one pass over both
-        # differs from it by up to 23 grey levels (and by 2 in photos).
-        wide = super().resize(image, type(size)(height=image.shape[-2], width=size.width), **kwargs)
-        return super().resize(wide, size, **kwargs)
+        if image.dtype == torch.uint8 and resample == PILImageResampling.BICUBIC and size.height and size.width:
+            return torch.stack([resize_like_pil(each, size.height, size.width) for each in image])
+        return super().resize(image, size, resample=resample, **kwargs)
 
     def fetch_images(self, images: Any) -> Any:
         # torchvision's own decoder reads fewer formats and leaves palettes and alpha channels to chance.
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         return load_image(images) if isinstance(images, str) else super().fetch_images(images)
+
+
+def resize_like_pil(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """[3, H, W] uint8 -> [3, height, width] uint8, bicubic with antialiasing, bit for bit as PIL does it.
+
+    torchvision's own filter is up to 27 grey levels away where it overshoots (2 in photos): PIL rounds and clips to
+    8 bits between its two passes, has weights of 22 fractional bits, and since Pillow 13 begins with the rows where
+    those shrink more (observed on 13.0.0; python-pillow/Pillow#9549).
+    """
+    rows_shrink_more = image.shape[1] - height > max(0, 2 * (image.shape[2] - width))
+    rows_first = rows_shrink_more and int(pillow_version.split(".")[0]) >= 13
+    if rows_first:
+        image = _resample_rows(image, height)
+    image = _resample_rows(image.transpose(1, 2), width).transpose(1, 2)
+    return image if rows_first else _resample_rows(image, height)
+
+
+def _resample_rows(image: torch.Tensor, size: int) -> torch.Tensor:
+    """One pass over dimension 1: [3, N, other] -> [3, size, other] uint8, as a sparse matrix of weights times the
+    rows."""
+    channels, rows, other = image.shape
+    if rows == size:
+        return image
+    weights = _bicubic_weights(rows, size).to(image.device)
+    # float64 holds every sum of 8-bit values times 22-bit weights exactly.
+    summed = torch.sparse.mm(weights, image.transpose(0, 1).reshape(rows, channels * other).double())
+    rounded = ((summed + 2**21) / 2**22).floor().clamp(0, 255).to(torch.uint8)
+    return rounded.reshape(size, channels, other).transpose(0, 1)
+
+
+@lru_cache(maxsize=32)
+def _bicubic_weights(old: int, new: int) -> torch.Tensor:
+    """PIL's weights for resampling `old` places to `new`: sparse [new, old], whole multiples of 2**-22."""
+    stretch = max(old / new, 1.0)  # the filter widens when the image shrinks
+    centre = (torch.arange(new, dtype=torch.float64) + 0.5) * (old / new)
+    first = (centre - 2 * stretch + 0.5).long().clamp(min=0)
+    last = (centre + 2 * stretch + 0.5).long().clamp(max=old)
+    place = first[:, None] + torch.arange(int((last - first).max()))
+    x = ((place - centre[:, None] + 0.5) / stretch).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2  # Keys' cubic with a = -0.5
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)) * (place < last[:, None])
+    weights = weights / weights.sum(dim=1, keepdim=True) * 2**22
+    weights = (weights + 0.5 * weights.sign()).trunc()
+    used = weights != 0
+    row = torch.arange(new)[:, None].expand_as(place)
+    indices = torch.stack([row[used], place[used]])
+    return torch.sparse_coo_tensor(indices, weights[used], (new, old), is_coalesced=True, check_invariants=True)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

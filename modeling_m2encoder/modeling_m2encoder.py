@@ -1,7 +1,7 @@
 """M2-Encoder: a bilingual image-text encoder of multiway layers (arXiv 2401.15896; BEiT-3, MAGNETO).
 
-An image or a text passes through multiway layers, where every weight exists once per modality, and then through shared upper
-layers; the [CLS] state of either end is projected to the common embedding space.
+An image or a text passes through multiway layers, where every weight exists once per modality, and then through
+shared upper layers; the [CLS] state of either end is projected to the common embedding space.
 
 Shapes: B batch, L tokens of either modality, P patches, D width, E embedding, H heads.
 """
@@ -36,7 +36,8 @@ class M2EncoderFeatures(BaseModelOutputWithPooling):
     """
     What `get_text_features` and `get_image_features` return.
 
-    `pooler_output` [B, E] is the projected embedding, not normalised; `last_hidden_state` [B, L, D] is the output of the
+    `pooler_output` [B, E] is the projected embedding, not normalised; `last_hidden_state` [B, L, D] is the output
+    of the
     shared upper layers; `backbone_pooler_output` [B, E] is the embedding on top of the multiway layers, given only
     with `config.use_backbone_projection`.
     """
@@ -49,10 +50,11 @@ class M2EncoderOutput(ModelOutput):
     """
     What `M2EncoderModel.forward` returns. Fields of a modality that was not given are None.
 
-    `loss` (scalar, with `return_loss=True`): symmetric cross-entropy over this batch. `logits_per_image` [B_image, B_text] and
+    `loss` (scalar, with `return_loss=True`): symmetric cross-entropy over this batch. `logits_per_image` [B_image,
+    B_text] and
     its transpose `logits_per_text`: cosine similarities times exp(logit_scale). `text_embeds`, `image_embeds` [B, E]:
-    embeddings, L2-normalised. `backbone_text_embeds`, `backbone_image_embeds` [B, E]: the same for the projections on the
-    multiway layers. `text_model_output`, `vision_model_output`: the features they came from.
+    embeddings, L2-normalised. `backbone_text_embeds`, `backbone_image_embeds` [B, E]: the same for the projections
+    on the multiway layers. `text_model_output`, `vision_model_output`: the features they came from.
     """
 
     loss: torch.Tensor | None = None
@@ -71,12 +73,13 @@ class M2EncoderOutput(ModelOutput):
 
 @dataclass
 class M2EncoderEncoderOutput(BaseModelOutput):
-    """`last_hidden_state` [B, L, D] of the upper layers and `backbone_hidden_state` [B, L, D] of the multiway layers."""
+    """`last_hidden_state` [B, L, D] of the upper layers and `backbone_hidden_state` [B, L, D] of the multiway
+    layers."""
 
     backbone_hidden_state: torch.Tensor | None = None
 
 
-# ---- Embeddings --------------------------------------------------------------------------------------------------------
+# ---- Embeddings ----------------------------------------------------------------------------------------------------
 
 
 class M2EncoderTextEmbeddings(nn.Module):
@@ -130,7 +133,7 @@ class M2EncoderVisionEmbeddings(nn.Module):
         return hidden_states + self.position_embeddings.weight[POSITION_OFFSET:]
 
 
-# ---- Layers ------------------------------------------------------------------------------------------------------------
+# ---- Layers --------------------------------------------------------------------------------------------------------
 
 
 def eager_attention_forward(
@@ -173,7 +176,8 @@ class M2EncoderAttention(nn.Module):
 
     def _attention_function(self, device: torch.device) -> Callable:
         implementation = self.config._attn_implementation
-        # torch's fused CPU kernel approximates exp: logits of the official tiny checkpoints move by 4.5e-6 with it and by
+        # torch's fused CPU kernel approximates exp: logits of the official tiny checkpoints move by 4.5e-6 with it
+        # and by
         # 1e-6 without, and at these lengths it is not faster (docs/parity.md). On accelerators sdpa is what it says.
         if implementation == "sdpa" and device.type == "cpu":
             return eager_attention_forward
@@ -266,7 +270,7 @@ class M2EncoderMultiway(nn.ModuleDict):
         return self[modality](hidden_states, **kwargs)
 
 
-# ---- Models ------------------------------------------------------------------------------------------------------------
+# ---- Models --------------------------------------------------------------------------------------------------------
 
 
 class M2EncoderPreTrainedModel(PreTrainedModel):
@@ -286,8 +290,8 @@ class M2EncoderPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Every parameter must be covered: from_pretrained builds on the meta device, and what is neither in the checkpoint
-        # nor set here would be uninitialised memory.
+        # Every parameter must be covered: from_pretrained builds on the meta device, and what is neither in the
+        # checkpoint nor set here would be uninitialised memory.
         super()._init_weights(module)
         std = self.config.initializer_range
         if hasattr(module, "init_scale"):
@@ -341,9 +345,7 @@ class M2EncoderEncoder(M2EncoderPreTrainedModel):
             modality = "text"
             hidden_states = self.text_embeddings(input_ids)
             padding = None if attention_mask is None else attention_mask.unsqueeze(-1).to(hidden_states.dtype)
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
         # Padded places are zeroed where each of the two encoders begins, and their keys are masked out in attention.
         if padding is not None:
             hidden_states = hidden_states * padding
@@ -381,7 +383,8 @@ class TextFeatures:
 
         Args:
             input_ids: [B, L] integers, starting with [CLS] and padded on the right. Rows with more than
-                `config.max_text_length` real tokens lose the beginning of their text, as with the tokenizer's truncation.
+                `config.max_text_length` real tokens lose the beginning of their text, as with the tokenizer's
+                truncation.
             attention_mask: [B, L], 1 for tokens and 0 for padding. It is never guessed from the ids (the padding id is
                 the end token too); without it all tokens count.
 
@@ -411,16 +414,15 @@ class VisionFeatures:
 
         Args:
             pixel_values: [B, 3, height, width], normalised as the image processor does.
-            interpolate_pos_encoding: accept another size than `config.image_size` (sides in multiples of the patch size)
+            interpolate_pos_encoding: accept another size than `config.image_size` (sides in multiples of the patch
+            size)
                 by resizing the position table.
 
         Raises:
             ValueError: for wrong shapes or sizes.
         """
         _check_pixels(self.config, pixel_values, interpolate_pos_encoding)
-        output = self.encoder(
-            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
-        )
+        output = self.encoder(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         return _pool(output, self.image_projection, getattr(self, "backbone_image_projection", None))
 
 
@@ -508,7 +510,8 @@ class M2EncoderTextModel(TextFeatures, M2EncoderPreTrainedModel):
 
 
 class M2EncoderVisionModel(VisionFeatures, M2EncoderPreTrainedModel):
-    """The vision half of a checkpoint: holds and loads the vision experts, the upper layers and the image projection."""
+    """The vision half of a checkpoint: holds and loads the vision experts, the upper layers and the image
+    projection."""
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -537,7 +540,7 @@ class M2EncoderVisionModel(VisionFeatures, M2EncoderPreTrainedModel):
         )
 
 
-# ---- Helpers -----------------------------------------------------------------------------------------------------------
+# ---- Helpers -------------------------------------------------------------------------------------------------------
 
 
 def _pool(

@@ -15,8 +15,8 @@ class M2EncoderProcessorKwargs(ProcessingKwargs, total=False):
 
 class M2EncoderProcessor(ProcessorMixin):
     r"""
-    `processor(text=..., images=..., return_tensors="pt")` gives `input_ids` and `attention_mask` [B, L] of at most 52 tokens
-    (longer text loses its beginning; [CLS] and the end token stay) and `pixel_values` [B, 3, size, size].
+    `processor(text=..., images=..., return_tensors="pt")` gives `input_ids` and `attention_mask` [B, L] of at most
+    52 tokens (longer text loses its beginning; [CLS] and the end token stay) and `pixel_values` [B, 3, size, size].
 
     Args:
         image_processor: an `M2EncoderImageProcessorPil`.

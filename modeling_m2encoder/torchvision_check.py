@@ -9,8 +9,8 @@ if find_spec("torchvision"):
     # A torchvision built for another torch or for CUDA fails with whatever its binaries meet first.
     except Exception as error:
         raise ImportError(
-            f"torchvision {version('torchvision')} is installed, but cannot be imported with torch {version('torch')} "
-            f"({type(error).__name__}: {error}). transformers imports it wherever it is installed, so that nothing works. "
+            f"torchvision is installed, but cannot be imported with torch {version('torch')} "
+            f"({type(error).__name__}: {error}). transformers imports it wherever it is installed, so nothing works. "
             "Remove it (`pip uninstall torchvision`; images are then processed with PIL), or install the build that "
             "belongs to this torch (https://pytorch.org/get-started/locally)."
         ) from error

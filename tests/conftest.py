@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests: a tiny random model with its processor, in memory and as a checkpoint folder. No network."""
+"""Fixtures shared by all tests: a tiny random model with its processor, in memory and as a checkpoint folder. No
+network."""
 
 from __future__ import annotations
 

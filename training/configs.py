@@ -1,6 +1,7 @@
 """What a pretraining run consists of: frozen dataclasses, and presets as functions that return one.
 
-A preset's name is the first word of the command: `python -m training.pretrain nano --output-dir runs/a --data.files DIR`.
+A preset's name is the first word of the command: `python -m training.pretrain nano --output-dir runs/a
+--data.files DIR`.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class PretrainConfig:
     steps: int = 1000
     seed: int = 0
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """`auto`: bf16 on an accelerator that supports it, fp32 otherwise (bf16 on a CPU without AMX is slower than fp32)."""
+    """`auto`: bf16 on an accelerator that supports it, fp32 otherwise (bf16 on a CPU without AMX is slower than
+    fp32)."""
     log_every: int = 10
     trackers: tuple[str, ...] = ()
     """Accelerate trackers beside `log.jsonl`, e.g. tensorboard, wandb, trackio."""

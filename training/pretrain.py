@@ -3,7 +3,8 @@
     python -m training.pretrain nano --output-dir runs/a --data.files runs/scenes/train-*.parquet
     torchrun --nproc_per_node 2 -m training.pretrain nano ...      (or: accelerate launch -m training.pretrain nano ...)
 
-Writes OUTPUT_DIR/log.jsonl (one object per logged step), OUTPUT_DIR/config.json and OUTPUT_DIR/model (for from_pretrained).
+Writes OUTPUT_DIR/log.jsonl (one object per logged step), OUTPUT_DIR/config.json and OUTPUT_DIR/model (for
+from_pretrained).
 """
 
 from __future__ import annotations
@@ -54,9 +55,7 @@ def pretrain(config: PretrainConfig) -> Path:
     dataset = CaptionDataset(config.data.files, image_column=config.data.image_column, captions=config.data.captions)
     model, processor = build_model(config, dataset, output_dir, accelerator)
     settings = config.optimizer
-    optimizer = build_optimizer(
-        model, settings.name, settings.lr, settings.betas, settings.eps, settings.weight_decay
-    )
+    optimizer = build_optimizer(model, settings.name, settings.lr, settings.betas, settings.eps, settings.weight_decay)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     log = RunLog(accelerator, output_dir, steps=config.steps, batch_size=config.batch_size)
     stream = batches(
@@ -108,8 +107,8 @@ def train_step(
 ) -> dict[str, torch.Tensor]:
     """One optimizer step over the global batch: loss over all processes, clipped gradients, clamped temperature.
 
-    Returns this process's loss (the global batch's is the mean over processes), `logit_scale` and `grad_norm`, left on the
-    device so that nothing waits for them here.
+    Returns this process's loss (the global batch's is the mean over processes), `logit_scale` and `grad_norm`,
+    left on the device so that nothing waits for them here.
     """
     names = ("input_ids", "attention_mask", "pixel_values")
     output = model(**{name: batch[name].to(accelerator.device, non_blocking=True) for name in names})

@@ -1,4 +1,5 @@
-"""What a run says about itself: `log.jsonl`, a progress bar and optional Accelerate trackers, all from the main process."""
+"""What a run says about itself: `log.jsonl`, a progress bar and optional Accelerate trackers, all from the main
+process."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from tqdm.auto import tqdm
 
 
 class RunLog:
-    """Appends one JSON object per logged step to `output_dir/log.jsonl`. Every process makes one and calls every method."""
+    """Appends one JSON object per logged step to `output_dir/log.jsonl`. Every process makes one and calls every
+    method."""
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, *, steps: int, batch_size: int):
         self._accelerator = accelerator

@@ -1,4 +1,5 @@
-"""What the project promises about itself: the wheel's contents, import directions, the Makefile's and README's commands."""
+"""What the project promises about itself: the wheel's contents, import directions, the Makefile's and README's
+commands."""
 
 from __future__ import annotations
 

@@ -25,9 +25,7 @@ def test_parameters_of_the_published_sizes(size: str, without: int, with_backbon
     assert count(size, use_backbone_projection=True) == with_backbone_projections
 
 
-@pytest.mark.parametrize(
-    ("size", "published"), [("0.4B", 263_300_000), ("1B", 730_000_000), ("10B", 10_200_000_000)]
-)
+@pytest.mark.parametrize(("size", "published"), [("0.4B", 263_300_000), ("1B", 730_000_000), ("10B", 10_200_000_000)])
 def test_published_files_are_ours_plus_what_inference_never_uses(size: str, published: int):
     """Upper-layer text experts, `norm`, `pooler`, mask token and second scale (reference: official_checkpoints.md)."""
     sizes = SIZES[size]

@@ -1,4 +1,5 @@
-"""The model: equivalences (saved = reloaded, padded = unpadded, sdpa = eager, checkpointed = not), shapes, bad input."""
+"""The model: equivalences (saved = reloaded, padded = unpadded, sdpa = eager, checkpointed = not), shapes, bad
+input."""
 
 from __future__ import annotations
 
