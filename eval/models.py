@@ -26,4 +26,6 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, Any]:
             f"No checkpoint at {folder} ({seen or 'it is empty'}): config.json and the weights are needed."
         )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return AutoModel.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder)
+    # PIL even where torchvision is installed: published numbers must not depend on what else is on a machine.
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    return AutoModel.from_pretrained(folder).to(device).eval(), processor
