@@ -19,8 +19,8 @@ class DataConfig:
     files: tuple[str, ...] = ()
     """Parquet files, globs or folders."""
     image_column: str = "image"
-    captions: dict[str, str] = field(default_factory=lambda: {"en": "captions_en", "zh": "captions_zh"})
-    """Language -> column; the column holds one caption or a list of captions per image."""
+    captions: dict[str, str] = field(default_factory=dict)
+    """Language -> column of one caption or a list of captions per image; the scenes' columns unless given."""
     language_weights: dict[str, float] = field(default_factory=dict)
     """Share of each language in every global batch; equal shares unless given (the paper's corpus is about 1:1)."""
     augment: Literal["none", "crop"] = "none"
@@ -29,6 +29,11 @@ class DataConfig:
     """Mirror half of the images; wrong for captions that say left and right."""
     num_workers: int = 1
     """Decoding processes per rank; 0 decodes in the training process."""
+
+    @property
+    def caption_columns(self) -> dict[str, str]:
+        # Not the field's default: tyro makes a fixed option of each key of a default, and no language could be added.
+        return self.captions or {"en": "captions_en", "zh": "captions_zh"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def nano() -> PretrainConfig:
         # AdamW learns several times faster than LAMB in the few hundred steps there are (docs/log.md).
         optimizer=OptimizerConfig(name="adamw", lr=1e-3, warmup_steps=100),
         batch_size=128,
-        steps=1700,
+        steps=1300,
     )
 
 

@@ -52,7 +52,9 @@ def pretrain(config: PretrainConfig) -> Path:
     config.check(accelerator.num_processes)
     set_seed(config.seed)
     output_dir = claim_output_dir(config, accelerator)
-    dataset = CaptionDataset(config.data.files, image_column=config.data.image_column, captions=config.data.captions)
+    dataset = CaptionDataset(
+        config.data.files, image_column=config.data.image_column, captions=config.data.caption_columns
+    )
     model, processor = build_model(config, dataset, output_dir, accelerator)
     settings = config.optimizer
     optimizer = build_optimizer(model, settings.name, settings.lr, settings.betas, settings.eps, settings.weight_decay)
@@ -204,7 +206,7 @@ def evaluate(
                 processor,
                 settings.retrieval,
                 image_column=config.data.image_column,
-                captions=config.data.captions,
+                captions=config.data.caption_columns,
                 limit=settings.limit,
             )
     accelerator.wait_for_everyone()

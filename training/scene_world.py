@@ -42,8 +42,8 @@ BACKGROUNDS: dict[str, RGB] = {
 }
 # Radius of each size. At 64 pixels the objects are about 12, 19 and 27 pixels wide: areas 1 : 2.3 : 5.1. Four large
 # ones still fit.
-SIZES: dict[str, float] = {"small": 0.11, "medium": 0.16, "large": 0.22}
-TEXTURES: dict[str, float] = {"solid": 5, "striped": 1, "dotted": 1, "hollow": 1}  # name: how often
+SIZES: dict[str, float] = {"small": 0.095, "medium": 0.145, "large": 0.215}
+TEXTURES: dict[str, float] = {"solid": 3, "striped": 1, "dotted": 1, "hollow": 1}  # name: how often
 
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 BORDER = 0.016  # of the canvas that stays free: 1 pixel at 64
@@ -53,7 +53,7 @@ SUPERSAMPLE = 4
 # How many objects of each kind, and how often. Counts 2 to 4 of one kind teach counting, two kinds teach relations and
 # binding.
 LAYOUTS: dict[tuple[int, ...], float] = {
-    (1,): 22,
+    (1,): 11,
     (2,): 8,
     (3,): 8,
     (4,): 8,

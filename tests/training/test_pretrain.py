@@ -51,10 +51,10 @@ def test_writes_log_settings_and_a_model_that_loads(scenes: Path, tmp_path: Path
     assert [line["samples"] for line in lines] == [16, 32, 48, 64]
     required = {"step", "samples", "loss", "loss_itc", "logit_scale", "lr", "grad_norm", "samples_per_second"}
     assert all(required <= line.keys() for line in lines)
-    assert [line["lr"] for line in lines] == pytest.approx([5e-3, 1e-2, 5e-3, 0.0])
+    assert [line["lr"] for line in lines] == pytest.approx([5e-4, 1e-3, 5e-4, 0.0])
     assert "scenes/retrieval/zh/mean_recall" in lines[1] and "scenes/retrieval/zh/mean_recall" not in lines[2]
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert settings["steps"] == 4 and settings["data"]["captions"] == {"en": "captions_en", "zh": "captions_zh"}
+    assert settings["steps"] == 4 and settings["batch_size"] == 16
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert type(model) is M2EncoderModel and model.config.vocab_size == len(processor.tokenizer)
     with pytest.raises(ValueError, match="already holds a run"):
@@ -62,37 +62,24 @@ def test_writes_log_settings_and_a_model_that_loads(scenes: Path, tmp_path: Path
 
 
 def test_training_learns_and_is_repeatable(scenes: Path, tmp_path: Path):
-    """The loss of 30 steps on 64 pairs falls well below ln(16) = 2.77, twice to the same numbers."""
-    optimizer = dataclasses.replace(nano_smoke().optimizer, name="adamw", lr=1e-3)
+    """Twice to the same numbers; from ln(32) = 3.47 downwards on 64 pairs."""
+    optimizer = dataclasses.replace(nano_smoke().optimizer, warmup_steps=10)
     losses = []
     for name in ("a", "b"):
-        pretrain(smoke(scenes, tmp_path / name, steps=30, optimizer=optimizer))
+        pretrain(smoke(scenes, tmp_path / name, steps=80, batch_size=32, optimizer=optimizer))
         losses.append([line["loss"] for line in log_of(tmp_path / name)])
     assert losses[0] == losses[1]
-    assert losses[0][0] == pytest.approx(2.77, abs=0.2) and losses[0][-1] < 2.2
+    assert losses[0][0] == pytest.approx(3.47, abs=0.2) and sum(losses[0][-10:]) / 10 < 3.2
 
 
 def test_continues_from_a_checkpoint(scenes: Path, tmp_path: Path):
     first = pretrain(smoke(scenes, tmp_path / "a"))
-    second = pretrain(smoke(scenes, tmp_path / "b", init_from=str(first), steps=1))
+    second = pretrain(smoke(scenes, tmp_path / "b", init_from=str(first), steps=2))
     config = AutoModel.from_pretrained(second).config
     assert config.vocab_size == AutoModel.from_pretrained(first).config.vocab_size
 
 
 # ---- Launchers
-
-
-ACCELERATE_CONFIG = """\
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_CPU
-use_cpu: true
-num_machines: 1
-num_processes: 2
-machine_rank: 0
-main_process_ip: 127.0.0.1
-main_process_port: 29517
-mixed_precision: 'no'
-"""
 
 
 def launch(command: list[str], output_dir: Path, scenes: Path) -> None:
@@ -111,15 +98,10 @@ def launch(command: list[str], output_dir: Path, scenes: Path) -> None:
 
 def test_every_launcher_gives_the_same_run(scenes: Path, tmp_path: Path):
     """python, torchrun and accelerate launch; one process and two see the same global batches."""
-    (tmp_path / "two_cpu_processes.yaml").write_text(ACCELERATE_CONFIG)
+    config = str(ROOT / "training" / "launch" / "two_cpu_processes.yaml")
     launchers = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"],
-        "accelerate": [
-            "accelerate.commands.launch",
-            "--config_file",
-            str(tmp_path / "two_cpu_processes.yaml"),
-            "-m",
-        ],
+        "accelerate": ["accelerate.commands.launch", "--config_file", config, "-m"],
     }
     subprocess_of_one = [sys.executable, "-m", "training.pretrain"]
     arguments = ["nano_smoke", "--output-dir", str(tmp_path / "python"), "--data.files", f"{scenes}/train-*.parquet"]
@@ -179,8 +161,10 @@ def test_two_processes_have_the_gradients_of_one():
     for other_loss, other_gradients in run_distributed(loss_and_gradients, 2):
         assert other_loss == pytest.approx(loss, abs=1e-5)
         assert len(gradients) == len(other_gradients) > 50
+        whole = torch.stack([one.norm() for one in gradients]).norm().item()
         for one, two in zip(gradients, other_gradients, strict=True):
-            assert (one - two).norm() <= 1e-5 * max(one.norm().item(), 1e-3)
+            # The keys' biases have no gradient but rounding: softmax does not see a constant.
+            assert (one - two).norm() <= 1e-5 * max(one.norm().item(), 1e-3 * whole)
 
 
 # ---- Refusals
