@@ -130,7 +130,7 @@ def nano() -> PretrainConfig:
         # AdamW learns several times faster than LAMB in the few hundred steps there are (docs/log.md).
         optimizer=OptimizerConfig(name="adamw", lr=1e-3, warmup_steps=100),
         batch_size=128,
-        steps=1300,
+        steps=1000,
     )
 
 
