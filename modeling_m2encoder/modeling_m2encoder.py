@@ -36,9 +36,8 @@ class M2EncoderFeatures(BaseModelOutputWithPooling):
     """
     What `get_text_features` and `get_image_features` return.
 
-    `pooler_output` [B, E] is the projected embedding, not normalised; `last_hidden_state` [B, L, D] is the output
-    of the
-    shared upper layers; `backbone_pooler_output` [B, E] is the embedding on top of the multiway layers, given only
+    `pooler_output` [B, E] is the projected embedding, not normalised; `last_hidden_state` [B, L, D] is the output of
+    the shared upper layers; `backbone_pooler_output` [B, E] is the embedding on top of the multiway layers, given only
     with `config.use_backbone_projection`.
     """
 

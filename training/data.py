@@ -31,6 +31,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
+from eval.data import caption_list
 from modeling_m2encoder.image_processing_m2encoder import to_rgb
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def read_captions(files: Iterable[str | Path], columns: Iterable[str]) -> Iterat
             for batch in pq.ParquetFile(path).iter_batches(batch_size=4096, columns=columns):
                 for row in batch.to_pylist():
                     for column in columns:
-                        yield from _as_captions(row[column])
+                        yield from caption_list(row[column])
 
     return captions()
 
@@ -131,15 +132,6 @@ def _is_image(kind: pa.DataType) -> bool:
         if pa.types.is_null(kind):  # every image is a path
             return True
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _as_captions(value: str | list[str | None] | None) -> list[str]:
-    """The captions of a cell that are not blank."""
-    texts = [value] if isinstance(value, str) else value or []
-    return [text for text in texts if text and not text.isspace()]
-
-
-# ---- Rows
 
 
 @dataclass(frozen=True)
@@ -206,7 +198,7 @@ class CaptionDataset:
         image = values[self.image_column]
         if isinstance(image, dict):
             image = image["bytes"] if image["bytes"] is not None else image.get("path")
-        return Row(image, {language: _as_captions(values[column]) for language, column in self.columns.items()})
+        return Row(image, {language: caption_list(values[column]) for language, column in self.columns.items()})
 
 
 @contextmanager

@@ -169,10 +169,10 @@ def build_model(
     else:
         folder = config.tokenizer or str(output_dir / "tokenizer")
         if not config.tokenizer:
-            with accelerator.main_process_first():
-                if accelerator.is_main_process:
-                    captions = itertools.islice(dataset.captions(), TOKENIZER_CAPTIONS)
-                    train_tokenizer(captions, config.vocab_size).save_pretrained(folder)
+            if accelerator.is_main_process:
+                captions = itertools.islice(dataset.captions(), TOKENIZER_CAPTIONS)
+                train_tokenizer(captions, config.vocab_size).save_pretrained(folder)
+            accelerator.wait_for_everyone()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model_config = M2EncoderConfig.from_size(
             config.size,
