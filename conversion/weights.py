@@ -327,7 +327,9 @@ def config_from_shapes(
     if official_config is not None:
         seen |= _read_official_config(official_config, seen)
     else:
-        seen["num_attention_heads"] = SIZES[_published_size(seen, size)]["num_attention_heads"]
+        published = SIZES[_published_size(seen, size)]
+        # The decoders are not in the published files, but pretraining can go on from one.
+        seen |= {name: published[name] for name in ("num_attention_heads", "num_decoder_layers")}
     if image_size is not None:
         seen["image_size"] = image_size
     seen["use_backbone_projection"] = any(key in shapes for key in BACKBONE_PROJECTIONS.values())

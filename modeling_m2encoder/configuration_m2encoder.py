@@ -9,12 +9,15 @@ from transformers import PreTrainedConfig
 
 # Architecture table of the official checkpoints (paper Table 9 and the official inference configs). `nano` is
 # ours: small enough to be trained on a laptop CPU in minutes, with the same code path as the large ones.
+# `num_decoder_layers` is not published: these depths bring the pretraining models to within 2 % of Table 9's 402 M,
+# 924 M and 11.2 B (with a vocabulary head of its own; tied to the word embeddings no depth does so for 0.4B).
 SIZES: dict[str, dict[str, int | float]] = {
     "nano": {
         "vocab_size": 2000,
         "hidden_size": 128,
         "num_hidden_layers": 3,
         "num_upper_layers": 1,
+        "num_decoder_layers": 1,
         "num_attention_heads": 4,
         "intermediate_size": 512,
         "projection_dim": 128,
@@ -29,6 +32,7 @@ SIZES: dict[str, dict[str, int | float]] = {
         "hidden_size": 768,
         "num_hidden_layers": 9,
         "num_upper_layers": 3,
+        "num_decoder_layers": 4,
         "num_attention_heads": 12,
         "intermediate_size": 3072,
         "projection_dim": 768,
@@ -37,6 +41,7 @@ SIZES: dict[str, dict[str, int | float]] = {
         "hidden_size": 1024,
         "num_hidden_layers": 21,
         "num_upper_layers": 3,
+        "num_decoder_layers": 3,
         "num_attention_heads": 16,
         "intermediate_size": 4096,
         "projection_dim": 1024,
@@ -45,6 +50,7 @@ SIZES: dict[str, dict[str, int | float]] = {
         "hidden_size": 4096,
         "num_hidden_layers": 21,
         "num_upper_layers": 3,
+        "num_decoder_layers": 2,
         "num_attention_heads": 32,
         "intermediate_size": 16384,
         "projection_dim": 1024,
@@ -81,6 +87,12 @@ class M2EncoderConfig(PreTrainedConfig):
         initializer_range (`float`): standard deviation of the initial weights; the value, output and feed-forward
             projections are scaled by sqrt(log(2 L)) on top (MAGNETO, arXiv 2210.06423).
         logit_scale_init_value (`float`): initial log of 1/temperature; ln(1/0.07) as in CLIP.
+        num_decoder_layers (`int`): layers of each of the two decoders that only pretraining has (CMLM and CMIM, paper
+            section 2 and Table 9); unused by the other models.
+        decoder_context (`str`): what these decoders see of the other modality: all its "tokens", or only its [CLS]
+            ("cls"). The paper names both.
+        normalize_pixels (`bool`): CMIM predicts each patch normalised to its own mean and variance (MAE, arXiv
+            2111.06377, section 4.1) instead of the pixels as they enter.
         use_backbone_projection (`bool`): also hold the projections on top of the multiway layers (`itc_image_proj` and
             `itc_text_proj` in the official files) and return those embeddings beside the usual ones.
         bos_token_id, eos_token_id, pad_token_id, mask_token_id (`int`): [CLS], end of text, padding (the end token) and
@@ -110,6 +122,9 @@ class M2EncoderConfig(PreTrainedConfig):
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
     logit_scale_init_value: float | int = 2.6592
+    num_decoder_layers: int = 4
+    decoder_context: str = "tokens"
+    normalize_pixels: bool = True
     use_backbone_projection: bool = False
     bos_token_id: int | None = 50002
     eos_token_id: int | list[int] | None = 50000
@@ -143,6 +158,7 @@ class M2EncoderConfig(PreTrainedConfig):
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
+            "num_decoder_layers",
             "intermediate_size",
             "projection_dim",
             "image_size",
@@ -170,6 +186,8 @@ class M2EncoderConfig(PreTrainedConfig):
         for name in ("attention_dropout", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.decoder_context not in ("tokens", "cls"):
+            raise ValueError(f"decoder_context must be 'tokens' or 'cls', got {self.decoder_context!r}.")
         if self.layer_norm_eps <= 0:
             raise ValueError(f"layer_norm_eps must be positive, got {self.layer_norm_eps}.")
 

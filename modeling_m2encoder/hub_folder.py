@@ -23,6 +23,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 MODEL_CODE = {
     "AutoConfig": "configuration_m2encoder.M2EncoderConfig",
     "AutoModel": "modeling_m2encoder.M2EncoderModel",
+    "AutoModelForPreTraining": "modeling_m2encoder_pretraining.M2EncoderForPreTraining",
     "AutoModelForZeroShotImageClassification": "modeling_m2encoder.M2EncoderModel",
 }
 PROCESSOR_CODE = {"AutoProcessor": "processing_m2encoder.M2EncoderProcessor"}
@@ -139,7 +140,8 @@ def write_hub_extras(folder: str | Path) -> None:
     """Completes a folder in which `config.json` and `processor_config.json` lie, as their `save_pretrained` wrote them.
 
     Adds the `auto_map`s and the code they name, `preprocessor_config.json` (transformers 5 no longer writes it,
-    transformers.js and older versions read nothing else) and what sentence-transformers needs.
+    transformers.js and older versions read nothing else) and what sentence-transformers needs, unless
+    sentence-transformers wrote the folder: its own files know of prompts, `truncate_dim` and further modules.
     """
     folder = Path(folder)
     _write(folder / "config.json", {**_read(folder / "config.json"), "auto_map": MODEL_CODE})
@@ -157,9 +159,10 @@ def write_hub_extras(folder: str | Path) -> None:
             "auto_map": {**IMAGE_PROCESSOR_CODE, **PROCESSOR_CODE},
         },
     )
-    for name, content in SENTENCE_TRANSFORMERS.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        _write(folder / name, content)
+    if not (folder / "modules.json").exists():
+        for name, content in SENTENCE_TRANSFORMERS.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            _write(folder / name, content)
     for file in remote_code():
         shutil.copyfile(file, folder / file.name)
 

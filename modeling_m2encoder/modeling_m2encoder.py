@@ -29,6 +29,8 @@ from .configuration_m2encoder import POSITION_OFFSET, M2EncoderConfig
 
 # "vision" is expert A of the official files, "text" is expert B.
 MODALITIES = ("vision", "text")
+# What `M2EncoderForPreTraining` holds beyond `M2EncoderModel`; a pretraining folder serves for inference too.
+PRETRAINING_KEYS = [r"^pretraining_heads\."]
 
 
 @dataclass
@@ -120,13 +122,20 @@ class M2EncoderVisionEmbeddings(nn.Module):
         grid = nn.functional.interpolate(grid, size=new_side, mode="bicubic", align_corners=False, antialias=True)
         return torch.cat([table[:1], grid.flatten(2).transpose(1, 2)[0].to(table.dtype)])
 
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        """`pixel_values` [B, 3, height, width] -> [B, 1 + P, D]."""
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        patch_mask: torch.Tensor | None = None,
+        mask_token: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`pixel_values` [B, 3, height, width] -> [B, 1 + P, D]; `mask_token` [1, 1, D] stands in for the patches that
+        are true in `patch_mask` [B, P]."""
         height, width = pixel_values.shape[-2:]
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        hidden_states = torch.cat(
-            [self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1
-        )
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        if patch_mask is not None:
+            patches = torch.where(patch_mask.unsqueeze(-1), mask_token.to(patches.dtype), patches)
+        hidden_states = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         if interpolate_pos_encoding and (height, width) != (self.config.image_size, self.config.image_size):
             return hidden_states + self.interpolate_positions(height, width)
         return hidden_states + self.position_embeddings.weight[POSITION_OFFSET:]
@@ -158,7 +167,7 @@ def eager_attention_forward(
 
 
 class M2EncoderAttention(nn.Module):
-    """Self-attention with MAGNETO's inner LayerNorm before the output projection."""
+    """Self- or cross-attention with MAGNETO's inner LayerNorm before the output projection."""
 
     is_causal = False  # sdpa runs causally when a module does not say so
 
@@ -183,13 +192,19 @@ class M2EncoderAttention(nn.Module):
         return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, L, D] -> ([B, L, D], weights [B, H, L, L] or None)."""
+        """[B, L, D] -> ([B, L, D], weights [B, H, L, K] or None). Keys and values come from `key_value_states`
+        [B, K, D], or from the same states (K = L) without it."""
         input_shape = hidden_states.shape[:-1]
+        sources = hidden_states if key_value_states is None else key_value_states
         query, key, value = (
-            projection(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(states).view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+            for projection, states in ((self.q_proj, hidden_states), (self.k_proj, sources), (self.v_proj, sources))
         )
         attended, weights = self._attention_function(query.device)(
             self,
@@ -334,12 +349,15 @@ class M2EncoderEncoder(M2EncoderPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        patch_mask: torch.Tensor | None = None,
+        mask_token: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> M2EncoderEncoderOutput:
-        """One pass of one modality: either `input_ids` [B, L] with `attention_mask` [B, L], or `pixel_values`."""
+        """One pass of one modality: either `input_ids` [B, L] with `attention_mask` [B, L], or `pixel_values`, of
+        which pretraining hides the patches in `patch_mask` [B, P] behind `mask_token` [1, 1, D]."""
         if pixel_values is not None:
             modality, padding = "vision", None
-            hidden_states = self.vision_embeddings(pixel_values, interpolate_pos_encoding)
+            hidden_states = self.vision_embeddings(pixel_values, interpolate_pos_encoding, patch_mask, mask_token)
         else:
             modality = "text"
             hidden_states = self.text_embeddings(input_ids)
@@ -428,6 +446,8 @@ class VisionFeatures:
 class M2EncoderModel(TextFeatures, VisionFeatures, M2EncoderPreTrainedModel):
     """Both modalities: similarity logits, normalised embeddings, and the contrastive loss of one batch."""
 
+    _keys_to_ignore_on_load_unexpected = PRETRAINING_KEYS
+
     def __init__(self, config: M2EncoderConfig):
         super().__init__(config)
         self.encoder = M2EncoderEncoder(config)
@@ -487,7 +507,12 @@ class M2EncoderTextModel(TextFeatures, M2EncoderPreTrainedModel):
 
     input_modalities = ("text",)
     _no_split_modules = ["M2EncoderTextEmbeddings", "M2EncoderLayer"]
-    _keys_to_ignore_on_load_unexpected = [r"\.vision", r"^(backbone_)?image_projection", r"^logit_scale"]
+    _keys_to_ignore_on_load_unexpected = [
+        *PRETRAINING_KEYS,
+        r"\.vision",
+        r"^(backbone_)?image_projection",
+        r"^logit_scale",
+    ]
 
     def __init__(self, config: M2EncoderConfig):
         super().__init__(config)
@@ -515,7 +540,12 @@ class M2EncoderVisionModel(VisionFeatures, M2EncoderPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["M2EncoderVisionEmbeddings", "M2EncoderLayer"]
-    _keys_to_ignore_on_load_unexpected = [r"\.text", r"^(backbone_)?text_projection", r"^logit_scale"]
+    _keys_to_ignore_on_load_unexpected = [
+        *PRETRAINING_KEYS,
+        r"\.text",
+        r"^(backbone_)?text_projection",
+        r"^logit_scale",
+    ]
 
     def __init__(self, config: M2EncoderConfig):
         super().__init__(config)

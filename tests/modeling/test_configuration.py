@@ -53,6 +53,8 @@ def test_round_trip(config: M2EncoderConfig, tmp_path: Path):
         ({"max_text_length": 1}, "max_text_length"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"num_upper_layers": -1}, "num_upper_layers"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers"),
+        ({"decoder_context": "all"}, "decoder_context must be 'tokens' or 'cls', got 'all'"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
         ({"attention_dropout": -0.1}, "attention_dropout"),
         ({"vocab_size": 0}, "vocab_size"),

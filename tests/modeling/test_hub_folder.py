@@ -17,13 +17,20 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForPreTraining,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
 )
 
 import modeling_m2encoder
-from modeling_m2encoder import M2EncoderModel, M2EncoderProcessor, M2EncoderTextModel, M2EncoderVisionModel
+from modeling_m2encoder import (
+    M2EncoderForPreTraining,
+    M2EncoderModel,
+    M2EncoderProcessor,
+    M2EncoderTextModel,
+    M2EncoderVisionModel,
+)
 from modeling_m2encoder.hub_folder import MODEL_CODE, complete_or_absent, remote_code, save_hub_folder
 
 
@@ -51,6 +58,7 @@ def test_what_lies_in_it(hub):
         "1_Normalize/config.json",
         "configuration_m2encoder.py",
         "modeling_m2encoder.py",
+        "modeling_m2encoder_pretraining.py",
         "image_processing_m2encoder.py",
         "processing_m2encoder.py",
     }
@@ -70,7 +78,7 @@ def test_the_auto_maps_name_classes_that_exist(hub):
     }
     entries = [*config["auto_map"].values(), *processor["auto_map"].values(), *preprocessor["auto_map"].values()]
     named = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
-    assert len(named) == 7
+    assert len(named) == 8
     for module, name in (entry.split(".") for entry in named):
         assert (hub / f"{module}.py").is_file() and hasattr(modeling_m2encoder, name)
 
@@ -119,13 +127,14 @@ print(json.dumps({"names": names, "logits": model(**batch).logits_per_image.toli
 """
 
 
-def test_without_the_package_as_remote_code(hub, model, processor, tmp_path):
-    """Another process, another working directory, an empty module cache, the package blocked."""
+def run_without_the_package(code: str, hub: Path, tmp_path: Path) -> dict:
+    """What `code` prints last, as JSON, in another process, another working directory, with an empty module cache and
+    the package blocked."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     (tmp_path / "elsewhere").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(hub)],
+        [sys.executable, "-c", code, str(hub)],
         cwd=tmp_path / "elsewhere",
         env=environment,
         capture_output=True,
@@ -133,7 +142,11 @@ def test_without_the_package_as_remote_code(hub, model, processor, tmp_path):
         timeout=110,
     )
     assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_without_the_package_as_remote_code(hub, model, processor, tmp_path):
+    seen = run_without_the_package(REMOTE, hub, tmp_path)
     assert seen["module"].startswith("transformers_modules.")
     assert seen["names"] == [
         "M2EncoderModel",
@@ -148,6 +161,57 @@ def test_without_the_package_as_remote_code(hub, model, processor, tmp_path):
         expected = model(**processor(text=["a red circle", "蓝色"], images=[image], return_tensors="pt"))
     assert seen["logits"] == seen["again"] == expected.logits_per_image.tolist()
     assert sum(seen["scores"]) == pytest.approx(1) and seen["texts"] == model.config.projection_dim
+
+
+@pytest.fixture
+def pretraining(config) -> M2EncoderForPreTraining:
+    torch.manual_seed(0)
+    return M2EncoderForPreTraining(config).eval()
+
+
+REMOTE_PRETRAINING = """
+import sys
+sys.modules["modeling_m2encoder"] = None  # not installed
+import json, torch
+from transformers import AutoModel, AutoModelForPreTraining
+pretraining, plain = (auto.from_pretrained(sys.argv[1], trust_remote_code=True)
+                      for auto in (AutoModelForPreTraining, AutoModel))
+ids, pixels = torch.arange(3, 12).reshape(1, 9), torch.arange(3 * 32 * 32.0).reshape(1, 3, 32, 32) / 1e3
+masks = {"text_mask": (ids % 2 == 0), "patch_mask": torch.arange(16)[None] % 4 > 0}
+with torch.no_grad():
+    output = pretraining(ids, pixels, **masks)
+    logits = plain(ids, pixels).logits_per_image.tolist()
+kinds = [type(model) for model in (pretraining, plain)]
+print(json.dumps({"names": [kind.__name__ for kind in kinds], "modules": [kind.__module__ for kind in kinds],
+                  "losses": [output.loss_cmlm.item(), output.loss_cmim.item()], "logits": logits,
+                  "embeds": output.logits_per_image.tolist()}))
+"""
+
+
+def test_pretraining_without_the_package_as_remote_code(pretraining, processor, tmp_path):
+    hub = save_hub_folder(pretraining, processor, tmp_path / "hub")
+    seen = run_without_the_package(REMOTE_PRETRAINING, hub, tmp_path)
+    assert seen["names"] == ["M2EncoderForPreTraining", "M2EncoderModel"]
+    assert all(module.startswith("transformers_modules.") for module in seen["modules"])
+    ids, pixels = torch.arange(3, 12).reshape(1, 9), torch.arange(3 * 32 * 32.0).reshape(1, 3, 32, 32) / 1e3
+    with torch.no_grad():
+        output = pretraining(ids, pixels, text_mask=(ids % 2 == 0), patch_mask=torch.arange(16)[None] % 4 > 0)
+    assert seen["losses"] == [output.loss_cmlm.item(), output.loss_cmim.item()]
+    assert seen["logits"] == seen["embeds"] == output.logits_per_image.tolist()
+
+
+def test_a_pretraining_folder_has_the_same_auto_map(pretraining, processor, tmp_path):
+    config = read(save_hub_folder(pretraining, processor, tmp_path / "hub") / "config.json")
+    assert config["auto_map"] == MODEL_CODE and config["architectures"] == ["M2EncoderForPreTraining"]
+    assert type(AutoModelForPreTraining.from_pretrained(tmp_path / "hub")) is M2EncoderForPreTraining
+    assert type(AutoModel.from_pretrained(tmp_path / "hub")) is M2EncoderModel
+
+
+def test_saved_without_its_processor_it_names_only_its_own_class(pretraining, tmp_path):
+    """`save_pretrained` alone: never the pretraining class as the `AutoModel`."""
+    pretraining.save_pretrained(tmp_path)
+    auto_map = read(tmp_path / "config.json").get("auto_map", {})
+    assert auto_map.get("AutoModel", MODEL_CODE["AutoModel"]) == MODEL_CODE["AutoModel"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,168 @@
+"""Which tokens and which patches pretraining hides. Tested by `pytest tests/training/test_masking.py`.
+
+Pure functions of their arguments and a `torch.Generator`: the same state of the generator gives the same masks.
+
+Shapes: B batch, L text tokens, P patches, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+BLANK = "▁"  # SentencePiece's; our own and the published tokenizer write a word's blank with it
+# Chinese is written without blanks: a piece of it is a word of its own. The ranges of training/tokenizer.py, and kana.
+_UNSPACED = re.compile(
+    r"[\u2e80-\u2fdf\u3005\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """How much is hidden. The paper asks for large ratios; the sources of these numbers are named below."""
+
+    text_ratio: float = 0.5
+    """Part of a text's tokens; BEiT-3's for texts that have an image (arXiv 2208.10442, section 2.2)."""
+    image_ratio: float = 0.75
+    """Part of an image's patches; MAE's (arXiv 2111.06377, section 4.1)."""
+    whole_words: bool = True
+    """Hide all pieces of a word or none; `whole_word_masking` in the official configs."""
+
+    def __post_init__(self) -> None:
+        for name in ("text_ratio", "image_ratio"):
+            _check_ratio(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What masking knows of each entry of a tokenizer: three bool tensors [V]."""
+
+    special: Tensor
+    """Never masked: [CLS], end of text and padding, [MASK], [UNK], ..."""
+    begins_word: Tensor
+    """A blank lies before it, or it is Chinese or punctuation."""
+    ends_word: Tensor
+    """Nothing can continue it: it ends in Chinese or punctuation."""
+
+
+def describe_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """The `Vocabulary` of a tokenizer whose pieces mark blanks as SentencePiece does; take it once per run.
+
+    Words are read off the pieces and not off the pre-tokenisation, which makes one word of a whole run of Chinese in
+    our own tokenizer and of the whole text in the published one. A word is a run of letters, digits and apostrophes; a
+    Chinese piece is a word, because the pieces are the only segmentation there is (both vocabularies learned words of
+    several characters).
+
+    Raises:
+        ValueError: when the tokenizer has no [MASK], so that no text can be masked.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ValueError("The tokenizer has no mask token: masking text needs one ([MASK]).")
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    special = torch.zeros(len(pieces), dtype=torch.bool)
+    special[tokenizer.all_special_ids] = True
+    inside = [(_in_word(piece[:1]), _in_word(piece[-1:]) or piece[-1:] == BLANK) for piece in pieces]
+    first, last = torch.tensor(inside, dtype=torch.bool).unbind(1)
+    return Vocabulary(special=special, begins_word=special | ~first, ends_word=special | ~last)
+
+
+def _in_word(character: str) -> bool:
+    return (character.isalnum() and not _UNSPACED.match(character)) or character in ("'", "’")
+
+
+def word_numbers(input_ids: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """The word that each token belongs to, counted from 0 in each row: [B, L] integers. A special token is a word.
+
+    Raises:
+        ValueError: for an id that the vocabulary does not have.
+    """
+    begins, ends = _look_up(vocabulary.begins_word, input_ids), _look_up(vocabulary.ends_word, input_ids)
+    begins[:, 1:] |= ends[:, :-1]
+    begins[:, :1] = False  # the first word is number 0
+    return begins.cumsum(dim=1)
+
+
+def mask_text(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    vocabulary: Vocabulary,
+    ratio: float,
+    *,
+    whole_words: bool = False,
+    generator: torch.Generator,
+) -> Tensor:
+    """The tokens to hide, drawn at random in each row: [B, L] bool.
+
+    Of n tokens that are neither special nor padding, `ratio * n`, rounded, are hidden, and at least one. With
+    `whole_words`, words are taken in random order as long as at least half of a word still fits, so that the ratio is
+    about right on average; the first is always taken. Padding further does not change a row's mask. A row with nothing
+    to hide (a text of special tokens) stays whole.
+
+    Args:
+        input_ids, attention_mask: [B, L] integers; 0 in the mask is padding.
+        ratio: in (0, 1).
+        generator: on the CPU, wherever the ids are.
+
+    Raises:
+        ValueError: for a ratio outside (0, 1), shapes that differ, an id that the vocabulary does not have, or when no
+            text of the batch has anything to hide.
+    """
+    _check_ratio("ratio", ratio)
+    if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            "input_ids and attention_mask must both be [batch, tokens], got "
+            f"{list(input_ids.shape)} and {list(attention_mask.shape)}."
+        )
+    rows, length = input_ids.shape
+    can_hide = (attention_mask != 0) & ~_look_up(vocabulary.special, input_ids)
+    if not can_hide.any():
+        raise ValueError(f"Nothing to mask: all {rows} texts consist of special tokens only.")
+    # Tokens first, rows second: further padding then draws further numbers and changes none.
+    draws = torch.rand(length, rows, generator=generator).T.to(input_ids.device)
+    words = word_numbers(input_ids, vocabulary) if whole_words else torch.arange(length, device=input_ids.device)
+    words = words.expand(rows, length)
+    order = draws.gather(1, words).masked_fill(~can_hide, 2.0)  # a number per word; what must stay comes last
+    rank = order.argsort(dim=1, stable=True).argsort(dim=1)  # stable: a word's tokens stay together
+    first = torch.full_like(rank, length).scatter_reduce(1, words, rank.masked_fill(~can_hide, length), "amin")
+    size = torch.zeros_like(rank).scatter_add(1, words, can_hide.to(rank.dtype))
+    wanted = (ratio * can_hide.sum(dim=1, keepdim=True)).round().clamp(min=1)
+    taken = (first == 0) | (first + size / 2 <= wanted)
+    return taken.gather(1, words) & can_hide
+
+
+def mask_patches(batch_size: int, num_patches: int, ratio: float, *, generator: torch.Generator) -> Tensor:
+    """The patches to hide, drawn at random in each image: [B, P] bool, on the CPU.
+
+    Every image hides the same number, `ratio * P` rounded, but at least one and not all.
+
+    Raises:
+        ValueError: for a ratio outside (0, 1), no image, or fewer than two patches.
+    """
+    _check_ratio("ratio", ratio)
+    if batch_size < 1 or num_patches < 2:
+        raise ValueError(f"Expected batch_size >= 1 and num_patches >= 2, got {batch_size=} and {num_patches=}.")
+    hidden = min(max(round(ratio * num_patches), 1), num_patches - 1)
+    draws = torch.rand(batch_size, num_patches, generator=generator)
+    return draws.argsort(dim=1).argsort(dim=1) < hidden
+
+
+def _look_up(table: Tensor, input_ids: Tensor) -> Tensor:
+    if (
+        input_ids.numel()
+        and input_ids.device.type == "cpu"
+        and not 0 <= input_ids.min() <= input_ids.max() < len(table)
+    ):
+        raise ValueError(
+            f"input_ids must lie in [0, {len(table) - 1}], got {int(input_ids.min())} to {int(input_ids.max())}: "
+            "is the vocabulary that of another tokenizer?"
+        )
+    return table.to(input_ids.device)[input_ids]
+
+
+def _check_ratio(name: str, ratio: float) -> None:
+    if not 0 < ratio < 1:
+        raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {ratio}.")
