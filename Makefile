@@ -16,13 +16,17 @@ install: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval,dev]"
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval,export,dev]"
 	touch $@
 
 quickstart: install
 	OUT=$(OUT) PYTHON=$(RUN) bash training/launch/quickstart.sh
 
-lint: install
+lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
