@@ -27,6 +27,8 @@ class DataConfig:
     """`crop`: random resized crop of 0.8 to 1.0 of the area, as the official training transform does."""
     flip: bool = False
     """Mirror half of the images; wrong for captions that say left and right."""
+    neighbours: int = 1
+    """Rows of the files that stay together when shuffled, so that hard negatives meet in one batch: 4 for scenes."""
     num_workers: int = 1
     """Decoding processes per rank; 0 decodes in the training process."""
 
@@ -130,7 +132,8 @@ def nano() -> PretrainConfig:
         # AdamW learns several times faster than LAMB in the few hundred steps there are (docs/log.md).
         optimizer=OptimizerConfig(name="adamw", lr=1e-3, warmup_steps=100),
         batch_size=128,
-        steps=1000,
+        steps=1200,
+        data=DataConfig(neighbours=4),  # a family of scenes, see training/scene_families.py
     )
 
 

@@ -325,24 +325,34 @@ def crop_box(size: tuple[int, int], generator: np.random.Generator) -> tuple[flo
 
 
 class EpochOrder:
-    """An endless sequence of rows in which every epoch is a new permutation; a pure function of the position."""
+    """An endless sequence of rows in which every epoch is a new permutation; a pure function of the position.
 
-    def __init__(self, num_rows: int, seed: int):
-        self.num_rows, self.seed = num_rows, seed
+    Rows n * `neighbours`, ..., (n + 1) * `neighbours` - 1 stay side by side: hard negatives that are meant to meet.
+    """
+
+    def __init__(self, num_rows: int, seed: int, neighbours: int = 1):
+        self.num_rows, self.seed, self.neighbours = num_rows, seed, neighbours
         # A batch can straddle two epochs; no more than these two permutations are held.
         self._permutation = lru_cache(maxsize=2)(self._make_permutation)
 
     def _make_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, _ORDER, epoch)).permutation(self.num_rows)
+        generator = np.random.default_rng((self.seed, _ORDER, epoch))
+        if self.neighbours == 1:
+            return generator.permutation(self.num_rows)
+        families = generator.permutation(-(-self.num_rows // self.neighbours))
+        rows = families[:, None] * self.neighbours + np.arange(self.neighbours)
+        # Inside a family too: the language goes by the position, and must not always be the same one for a row.
+        rows = generator.permuted(rows, axis=1).reshape(-1)
+        return rows[rows < self.num_rows]
 
     def __getitem__(self, position: int) -> int:
         epoch, place = divmod(position, self.num_rows)
         return int(self._permutation(epoch)[place])
 
-    def __getstate__(self) -> tuple[int, int]:
-        return self.num_rows, self.seed  # the cache is neither picklable nor worth sending to workers
+    def __getstate__(self) -> tuple[int, int, int]:
+        return self.num_rows, self.seed, self.neighbours  # the cache is neither picklable nor worth sending to workers
 
-    def __setstate__(self, state: tuple[int, int]) -> None:
+    def __setstate__(self, state: tuple[int, int, int]) -> None:
         self.__init__(*state)
 
 
@@ -390,10 +400,11 @@ class _Batches(Dataset):
         global_batch_size: int,
         rank: int,
         world_size: int,
+        neighbours: int,
     ):
         self.dataset, self.tokenizer, self.transform, self.cycle = dataset, tokenizer, transform, cycle
         self.languages = list(dict.fromkeys(cycle))
-        self.order = EpochOrder(len(dataset), seed)
+        self.order = EpochOrder(len(dataset), seed, neighbours)
         self.seed, self.global_batch_size = seed, global_batch_size
         self.size = global_batch_size // world_size
         self.offset = rank * self.size
@@ -468,6 +479,7 @@ def batches(
     language_weights: Mapping[str, float] | None = None,
     augment: Augmentation = "none",
     flip: bool = False,
+    neighbours: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """This rank's share of the global batches `start_step`, ..., `start_step + num_steps - 1`.
 
@@ -490,6 +502,7 @@ def batches(
         num_workers: processes that decode ahead; 0 decodes here. Changes nothing but speed.
         language_weights: share of each language of the dataset; equal by default.
         augment, flip: see `PixelTransform`.
+        neighbours: rows of the files that stay together when shuffled, see `EpochOrder`.
 
     Yields:
         `pixel_values` [B, 3, S, S] float32; `input_ids`, `attention_mask` [B, L] int64, padded to the longest of this
@@ -511,11 +524,14 @@ def batches(
         raise ValueError(
             f"A global batch of {global_batch_size} would hold some of the {len(dataset)} rows twice: use at most that."
         )
+    if neighbours < 1:
+        raise ValueError(f"neighbours must be at least 1, got {neighbours}.")
     if seed < 0 or start_step < 0 or num_steps < 0 or num_workers < 0:
         raise ValueError(f"Expected 0 or more, got {seed=}, {start_step=}, {num_steps=}, {num_workers=}.")
     transform = PixelTransform(processor.image_processor, augment, flip)
+    cycle = language_cycle(weights)
     source = _Batches(
-        dataset, processor.tokenizer, transform, language_cycle(weights), seed, global_batch_size, rank, world_size
+        dataset, processor.tokenizer, transform, cycle, seed, global_batch_size, rank, world_size, neighbours
     )
     if num_workers:
         # Without a word on it, tokenizers warns once per forked worker, and does the same.

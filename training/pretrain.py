@@ -73,6 +73,7 @@ def pretrain(config: PretrainConfig) -> Path:
         language_weights=config.data.language_weights or None,
         augment=config.data.augment,
         flip=config.data.flip,
+        neighbours=config.data.neighbours,
     )
 
     # ---- Loop

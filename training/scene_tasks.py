@@ -67,7 +67,10 @@ class TaskRow:
 
 
 def attribute_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    """One attribute of one kind of object, against a value that makes the phrase match nothing in the scene."""
+    """One attribute of the only kind of object, against another value of it. Binding attributes to one of several kinds
+    is the combination task."""
+    if len(scene.groups) > 1:
+        return
     for kind, items in scene.groups.items():
         for factor, values in (
             ("colour", COLOURS),
@@ -79,8 +82,7 @@ def attribute_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
             if value not in values:  # medium size: its opposite is a matter of opinion
                 continue
             phrase = _phrase(kind, len(items), {"colour", "shape", factor})
-            used = {getattr(other, factor) for other in scene.groups} if factor in ("colour", "shape") else {value}
-            wrong = replace(phrase, **{factor: rng.choice([v for v in values if v not in used])})
+            wrong = replace(phrase, **{factor: rng.choice([v for v in values if v != value])})
             yield Question(scene, factor, factor, Facts((phrase,)), (Facts((wrong,)),))
 
 

@@ -40,10 +40,10 @@ BACKGROUNDS: dict[str, RGB] = {
     "light blue": (205, 225, 245),
     "light green": (208, 238, 208),
 }
-# Radius of each size. At 64 pixels the objects are about 12, 19 and 27 pixels wide: areas 1 : 2.3 : 5.1. Four large
+# Radius of each size. At 64 pixels the objects are about 14, 20 and 27 pixels wide: areas 1 : 2.1 : 3.8. Four large
 # ones still fit.
-SIZES: dict[str, float] = {"small": 0.095, "medium": 0.145, "large": 0.215}
-TEXTURES: dict[str, float] = {"solid": 3, "striped": 1, "dotted": 1, "hollow": 1}  # name: how often
+SIZES: dict[str, float] = {"small": 0.11, "medium": 0.16, "large": 0.215}
+TEXTURES: dict[str, float] = {"solid": 4, "striped": 1, "dotted": 1, "hollow": 1}  # name: how often
 
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 BORDER = 0.016  # of the canvas that stays free: 1 pixel at 64
@@ -53,17 +53,17 @@ SUPERSAMPLE = 4
 # How many objects of each kind, and how often. Counts 2 to 4 of one kind teach counting, two kinds teach relations and
 # binding.
 LAYOUTS: dict[tuple[int, ...], float] = {
-    (1,): 11,
-    (2,): 8,
-    (3,): 8,
-    (4,): 8,
-    (1, 1): 26,
-    (1, 2): 9,
-    (1, 3): 7,
-    (2, 2): 7,
-    (1, 1, 1): 9,
-    (1, 1, 2): 4,
-    (1, 1, 1, 1): 3,
+    (1,): 15,
+    (2,): 10,
+    (3,): 10,
+    (4,): 10,
+    (1, 1): 25,
+    (1, 2): 8,
+    (1, 3): 5,
+    (2, 2): 5,
+    (1, 1, 1): 7,
+    (1, 1, 2): 3,
+    (1, 1, 1, 1): 2,
 }
 RELATED_SHARE = 0.9  # of the scenes with two kinds of object: placed so that a relation holds
 
@@ -75,7 +75,7 @@ def _arc(cx: float, cy: float, radius: float, start: float, stop: float, points:
 
 
 def _star() -> list[Point]:
-    radii = (1.12, 0.5)  # a little fatter than a pentagram (inner radius 0.43), so that a small one stays a star
+    radii = (1.12, 0.44)  # about a pentagram (inner radius 0.43)
     return [(radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5)) for i in range(10)]
 
 
@@ -104,14 +104,14 @@ def _centred(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 # Outlines in units of the radius. Their boxes are no wider or higher than 2.2 and all look about equally large.
-_ARM = 0.36  # half the width of the cross's arms
+_ARM = 0.3  # half the width of the cross's arms
 SHAPES: dict[str, tuple[Point, ...]] = {
     "circle": _centred(_arc(0, 0, 1, 0, 360, 49)[:-1]),
     "square": _centred([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]),
     "triangle": _centred([(0, -0.9), (1.05, 0.9), (-1.05, 0.9)]),
     "star": _centred(_star()),
     "heart": _centred(_heart()),
-    "diamond": _centred([(0, -1.08), (0.78, 0), (0, 1.08), (-0.78, 0)]),
+    "diamond": _centred([(0, -1.08), (0.66, 0), (0, 1.08), (-0.66, 0)]),
     "cross": _centred(
         [(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)]
         + [(_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)]
@@ -231,9 +231,9 @@ def sample_scene(rng: random.Random, *, unseen: bool = False) -> Scene:
         rng.shuffle(counts)
         kinds = _sample_kinds(rng, len(counts), unseen)
         related = len(kinds) == 2 and rng.random() < RELATED_SHARE
-        placed = _place_related(rng, kinds, counts) if related else _place_freely(rng, kinds, counts)
-        if placed is not None:
-            return Scene(background, tuple(placed))
+        scene = place(rng, background, kinds, counts, rng.choice(list(OPPOSITE)) if related else None)
+        if scene is not None:
+            return scene
 
 
 def _sample_kinds(rng: random.Random, number: int, unseen: bool) -> list[Kind]:
@@ -244,11 +244,29 @@ def _sample_kinds(rng: random.Random, number: int, unseen: bool) -> list[Kind]:
         rng.shuffle(pairs)
     else:
         pairs = rng.sample(SEEN_PAIRS, number)
-    textures = rng.choices(list(TEXTURES), weights=list(TEXTURES.values()), k=number)
-    return [
-        Kind(shape, colour, rng.choice(list(SIZES)), texture)
-        for (colour, shape), texture in zip(pairs, textures, strict=True)
-    ]
+    return [Kind(shape, colour, *_sample_size_and_texture(rng)) for colour, shape in pairs]
+
+
+def sample_look(rng: random.Random, colour: str) -> Kind:
+    """A kind of that colour, of a shape that it has in training, and of any size and texture."""
+    shape = rng.choice([shape for seen, shape in SEEN_PAIRS if seen == colour])
+    return Kind(shape, colour, *_sample_size_and_texture(rng))
+
+
+def _sample_size_and_texture(rng: random.Random) -> tuple[str, str]:
+    return rng.choice(list(SIZES)), rng.choices(list(TEXTURES), weights=list(TEXTURES.values()))[0]
+
+
+def place(
+    rng: random.Random, background: str, kinds: Sequence[Kind], counts: Sequence[int], relation: str | None = None
+) -> Scene | None:
+    """`counts[i]` objects of `kinds[i]` at random places, or None if they do not fit.
+
+    `relation`: how kinds[0] lies to kinds[1] then, as `relation_between` names it; None leaves that to chance.
+    """
+    related = relation is not None
+    placed = _place_related(rng, kinds, counts, relation) if related else _place_freely(rng, kinds, counts)
+    return None if placed is None else Scene(background, tuple(placed))
 
 
 def _place_freely(rng: random.Random, kinds: Sequence[Kind], counts: Sequence[int]) -> list[SceneObject] | None:
@@ -259,10 +277,12 @@ def _place_freely(rng: random.Random, kinds: Sequence[Kind], counts: Sequence[in
     return _throw(rng, wanted, [(0, 0, 1, 1)] * len(wanted)) or _throw(rng, wanted, quarters[: len(wanted)])
 
 
-def _place_related(rng: random.Random, kinds: Sequence[Kind], counts: Sequence[int]) -> list[SceneObject] | None:
-    """Two groups on the two sides of a cut through the canvas, so that one of the four relations holds between them."""
-    axis = rng.randrange(2)
-    order = rng.sample((0, 1), 2)  # which group comes first along the axis
+def _place_related(
+    rng: random.Random, kinds: Sequence[Kind], counts: Sequence[int], relation: str
+) -> list[SceneObject] | None:
+    """Two groups on the two sides of a cut through the canvas, so that the relation holds between them."""
+    axis = 0 if relation in ("left", "right") else 1
+    order = (0, 1) if relation in ("left", "above") else (1, 0)  # which group comes first along the axis
     widths = [2 * (HALF_BOX[kinds[i].shape, kinds[i].size][axis] + BORDER) for i in order]
     if sum(widths) + GAP > 1:
         return None
@@ -275,7 +295,7 @@ def _place_related(rng: random.Random, kinds: Sequence[Kind], counts: Sequence[i
             for i, region in zip(order, (near, far), strict=True)
         )
         if first and second and relation_between(first, second):
-            return first + second if order == [0, 1] else second + first
+            return first + second if order == (0, 1) else second + first
     return None
 
 

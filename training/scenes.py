@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,10 +47,11 @@ from training.scene_captions import (
     caption_scene,
     full_facts,
 )
+from training.scene_families import FAMILY_SIZE, sample_family
 from training.scene_tasks import TASKS, TaskRow, build_task
 from training.scene_world import HELD_OUT_PAIRS, Scene, draw_scene, sample_scene
 
-VERSION = 1  # of the pictures and words: raise it when the same seed gives other data
+VERSION = 2  # of the pictures and words: raise it when the same seed gives other data
 SPLITS = ("train", "validation", "test")
 MIN_IMAGE_SIZE = 48  # pixels; below, the textures of small objects cannot be told apart
 ROWS_PER_FILE = 10_000
@@ -120,8 +121,15 @@ class SceneId:
 
     def scene(self, seed: int) -> Scene:
         """The scene itself."""
+        if self.split == "train":
+            return _family(seed, self.index // FAMILY_SIZE)[self.index % FAMILY_SIZE]
         rng = random.Random(f"scene/{seed}/{self.split}/{self.index}/{self.attempt}")
         return sample_scene(rng, unseen=self.split == "test")
+
+
+@lru_cache(maxsize=1)  # the scenes of a family are asked for one after the other
+def _family(seed: int, index: int) -> list[Scene]:
+    return sample_family(random.Random(f"family/{seed}/{index}"))
 
 
 def write_scenes(out_dir: str | Path, config: ScenesConfig) -> None:

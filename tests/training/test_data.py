@@ -500,3 +500,14 @@ def test_order_is_known_for_any_position() -> None:
     assert [pickle.loads(pickle.dumps(order))[10**9 * 7 + i] for i in range(7)] == epoch
     # The numbers themselves: a change here would break every resumed run.
     assert [order[i] for i in range(7)] == np.random.default_rng((5, 0, 0)).permutation(7).tolist()
+
+
+def test_neighbours_stay_together_in_any_order() -> None:
+    order = EpochOrder(10, seed=3, neighbours=4)  # families 0-3, 4-7, and 8-9, which is a short one
+    for epoch in range(20):
+        rows = [order[epoch * 10 + i] for i in range(10)]
+        assert sorted(rows) == list(range(10))
+        families = [row // 4 for row in rows]
+        assert [a for a, b in zip(families, [None, *families], strict=False) if a != b] == list(dict.fromkeys(families))
+    # The language goes by the position: every row must come at even and at odd ones.
+    assert {(order[i], i % 2) for i in range(1000)} == {(row, parity) for row in range(10) for parity in range(2)}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -36,11 +37,13 @@ from training.scene_captions import (
     join_english,
     plural,
 )
+from training.scene_families import FAMILY_SIZE, sample_family
 from training.scene_tasks import build_task
 from training.scene_world import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT_PAIRS,
+    OPPOSITE,
     SHAPES,
     SIZES,
     TEXTURES,
@@ -137,9 +140,9 @@ def test_relation_between() -> None:
     two = [thing("star", "green", 0.2, 0.4), thing("star", "green", 0.2, 0.7)]
     assert relation_between(two, middle) == "left"
     assert relation_between([two[0], thing("star", "green", 0.8, 0.5)], middle) is None  # one on each side
-    # A small square is 0.095 * 0.88 = 0.0836 to each side: a gap of 0.04 is enough, one of 0.02 is not.
-    assert relation_between([thing("square", "blue", 0.5 - 2 * 0.0836 - 0.04, 0.5)], middle) == "left"
-    assert relation_between([thing("square", "blue", 0.5 - 2 * 0.0836 - 0.02, 0.5)], middle) is None
+    # A small square is 0.11 * 0.88 = 0.0968 to each side: a gap of 0.04 is enough, one of 0.02 is not.
+    assert relation_between([thing("square", "blue", 0.5 - 2 * 0.0968 - 0.04, 0.5)], middle) == "left"
+    assert relation_between([thing("square", "blue", 0.5 - 2 * 0.0968 - 0.02, 0.5)], middle) is None
 
 
 def test_scene_json_round_trip() -> None:
@@ -206,7 +209,7 @@ def test_every_solid_object_of_random_scenes_has_its_colour_and_nothing_is_drawn
         assert not left_over.any()
 
 
-@pytest.mark.parametrize(("size", "width"), [("small", 12.2), ("medium", 18.6), ("large", 27.5)])
+@pytest.mark.parametrize(("size", "width"), [("small", 14.1), ("medium", 20.5), ("large", 27.5)])
 def test_sizes_in_pixels(size: str, width: float) -> None:
     """A circle is 2 * radius * 64 pixels wide."""
     image = np.asarray(draw_scene(Scene("white", (thing("circle", "black", 0.5, 0.5, size),)), 64))
@@ -397,14 +400,31 @@ def test_first_two_captions_are_full_and_fit_one_test_image_only(rows: dict[str,
     assert len(set(descriptions)) == len(descriptions) == SMALL.test
 
 
-def test_a_third_of_the_captions_is_about_relations_or_numbers(rows: dict[str, list[dict]]) -> None:
-    bare = 0
+def test_captions_but_the_last_are_full_and_the_last_is_of_every_sort(rows: dict[str, list[dict]]) -> None:
+    last: Counter[str] = Counter()
     for row in rows["train"]:
-        for text in row["captions_en"][2:]:
-            statement = parse_english(text)
-            no_looks = all(p.size is p.texture is None and None in (p.shape, p.colour) for p in statement.phrases)
-            bare += no_looks and (statement.relation is not None or max(p.count for p in statement.phrases) > 1)
-    assert bare >= 0.25 * 6 * SMALL.train
+        kinds = set(Scene.from_json(row["scene"]).groups)
+        for text in row["captions_en"][:-1]:
+            assert len(parse_english(text).phrases) == len(kinds)
+        statement = parse_english(row["captions_en"][-1])
+        looks = any(p.size or p.texture for p in statement.phrases)
+        last["relation" if statement.relation else "looks" if looks else "other"] += 1
+    assert all(last[sort] >= 0.1 * SMALL.train for sort in ("relation", "looks", "other")), last
+
+
+def test_a_family_shares_background_colours_and_numbers() -> None:
+    turned = 0
+    for seed in range(40):
+        family = sample_family(random.Random(seed))
+        assert len({full_facts(scene) for scene in family}) == len(family) == FAMILY_SIZE
+        assert len({scene.background for scene in family}) == 1
+        assert len({tuple(sorted((k.colour, len(v)) for k, v in scene.groups.items())) for scene in family}) == 1
+        for a, b in zip(family[::2], family[1::2], strict=True):
+            facts_a, facts_b = full_facts(a), full_facts(b)
+            if facts_a.relation is not None:
+                assert facts_b == replace(facts_a, relation=OPPOSITE[facts_a.relation])
+                turned += 1
+    assert turned >= 20
 
 
 def test_splits_and_held_out_pairs(rows: dict[str, list[dict]]) -> None:
@@ -437,7 +457,7 @@ def chinese_words(text: str) -> list[str]:
 @pytest.mark.parametrize("task", ["attribute", "counting", "combination", "spatial"])
 def test_tasks_have_one_true_candidate_and_differ_by_one_word(rows: dict[str, list[dict]], task: str) -> None:
     test_rows = {row["image_id"]: row for row in rows["test"]}
-    assert len(rows[task]) == len({row["image_id"] for row in rows[task]}) == SMALL.task_size
+    assert len(rows[task]) == len({(row["image_id"], row["factor"]) for row in rows[task]}) == SMALL.task_size
     for row in rows[task]:
         source = test_rows[row["image_id"]]
         assert row["image"] == source["image"]
@@ -531,15 +551,16 @@ def test_same_seed_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     assert all(one[name] != other[name] for name in one)
 
 
-def test_version_1_is_what_it_was() -> None:
+def test_version_2_is_what_it_was() -> None:
     """Fails if the scenes or words of a seed change: then raise scenes.VERSION and these lines."""
-    assert scenes.VERSION == 1
+    assert scenes.VERSION == 2
     table = scenes._split_table([scenes.SceneId("test", 4)], seed=0, image_size=64)
     (row,) = table.to_pylist()
-    crescent = thing("crescent", "yellow", 0.7307, 0.3561, size="large", texture="dotted")
-    assert Scene.from_json(row["scene"]) == Scene("white", (crescent, thing("diamond", "brown", 0.2186, 0.1942)))
-    assert row["captions_en"][0] == "a small solid brown rhombus on the left of a big dotted yellow crescent"
-    assert row["captions_zh"][0] == "实心的褐色小菱形在带圆点的黄色大弯月左边"
+    hearts = [thing("heart", "purple", x, y, size="medium") for x, y in ((0.7946, 0.2737), (0.7675, 0.8052))]
+    star = thing("star", "cyan", 0.2913, 0.5186, size="large")
+    assert Scene.from_json(row["scene"]) == Scene("white", (*hearts, star))
+    assert row["captions_en"][2] == "a large cyan star to the left of two purple hearts"
+    assert row["captions_zh"][2] == "大号青色星星右侧是两颗紫色的爱心"
 
 
 def test_datasets_loads_splits_and_tasks(folder: Path, tmp_path: Path) -> None:
