@@ -1,6 +1,6 @@
 """Fine-tunes a model folder on image-caption pairs with the sentence-transformers trainer, on one GPU or CPU.
 
-    python docs/finetune_sentence_transformers.py MODEL_DIR OUT_DIR --data photos.parquet --captions caption_en caption_zh
+    python docs/finetune_sentence_transformers.py MODEL OUT --data photos.parquet --captions caption_en caption_zh
 
 Copy it: it needs installed packages only (the model package, sentence-transformers, accelerate, datasets).
 docs/finetuning.md says how to choose the settings, and what came out on real photos.

@@ -1,7 +1,7 @@
 """The four fine-grained tasks over test scenes: choose the one true text among texts that differ from it by one word.
 
-* attribute: "a red star" | "a blue star". A colour or shape that is nowhere in the scene, the opposite size, another
-  texture. 2 candidates.
+* attribute: "a red star" | "a blue star". Another colour, shape or texture, or the opposite size, in a scene with only
+  one kind of object. 2 candidates.
 * counting: "two red stars" | "one red star" | "three red stars" | "four red stars". Numbers are exact. 4 candidates.
 * combination: the colour or shape of something else in the scene, so a model that only notes which words occur fails.
   Of one object ("a red star" | "a blue star" where a circle is blue; factors "colour" and "shape"), or with the other

@@ -1,17 +1,19 @@
 """The embedded default data set: procedurally drawn scenes with captions in English and Chinese.
 
-    python -m training.scenes OUT_DIR [--train 20000 --validation 1000 --test 1000 --task-size 500 --seed 0 --workers 2]
+    python -m training.scenes OUT_DIR [--train 30000 --validation 1000 --test 1000 --task-size 500 --seed 0 --workers 2]
 
 writes parquet that `datasets.load_dataset(OUT_DIR)` reads (splits train, validation, test) and four fine-grained tasks
 over the test images, `datasets.load_dataset(OUT_DIR, "attribute")` and so on (training/scene_tasks.py says how they are
-made). The world is in training/scene_world.py, the language in training/scene_captions.py.
+made). The world is in training/scene_world.py, the language in training/scene_captions.py; training scenes come in
+families of look-alikes, which training/scene_families.py makes.
 
 Splits. Training and validation scenes hold none of the 16 (colour, shape) pairs of `scene_world.HELD_OUT_PAIRS`; every
 test scene holds at least one. No two test scenes have the same full description (`scene_captions.full_facts`:
 everything but the background), so captions 0 and 1 of a test image, which describe it in full, fit one image only:
 retrieval with them has one right answer.
 
-The same settings give the same bytes, whatever the number of workers: every scene has its own seed.
+The same settings give the same bytes, whatever the number of workers: every family, and every scene of the other
+splits, has its own seed.
 """
 
 from __future__ import annotations
@@ -83,8 +85,8 @@ TASK_FEATURES = Features(
 class ScenesConfig:
     """Size and seed of a scenes data set. Raises ValueError for what cannot be written."""
 
-    train: int = 20_000
-    """Number of training scenes."""
+    train: int = 30_000
+    """Number of training scenes, in families of four (training/scene_families.py)."""
     validation: int = 1_000
     """Number of validation scenes: fresh scenes like the training ones."""
     test: int = 1_000
@@ -333,9 +335,12 @@ Procedurally drawn pictures of 1 to 4 coloured shapes with captions in English a
 The same command gives the same bytes (with the same versions of pillow and pyarrow).
 
 **Columns.** `image`, `image_id`, `captions_en` and `captions_zh` (captions at the same index state the same facts in
-independent words; 0 and 1 describe the image in full), `scene` (JSON: background, and of each object shape, colour,
-size, texture and the middle (x, y) of its bounding box in fractions of the side). Articles and number words are exact:
-"a red star" means exactly one. In full descriptions medium size and solid filling mostly go unsaid.
+independent words; all but the last describe the image in full), `scene` (JSON: background, and of each object shape,
+colour, size, texture and the middle (x, y) of its bounding box in fractions of the side). Articles and number words are
+exact: "a red star" means exactly one. In full descriptions medium size and solid filling mostly go unsaid.
+
+**Families.** Training images 4n to 4n + 3 share background, colours and numbers of objects; shapes, sizes, textures and
+relations tell them apart. They are hard negatives for each other if a batch keeps them together.
 
 **Splits.** Training and validation images hold none of the (colour, shape) pairs held out; every test image holds at
 least one, and no two test images have the same full description. Held out: {pairs}.
