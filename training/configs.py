@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .masking import MaskingConfig
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -54,6 +56,17 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig:
+    """L = L_ITC + `cmim_weight` L_CMIM + `cmlm_weight` L_CMLM (paper, section 2). With weight 0 a loss is left out."""
+
+    cmlm_weight: float = 0.3
+    """Cross-modal masked language modelling: words from the image and the rest of the text."""
+    cmim_weight: float = 0.3
+    """Cross-modal masked image modelling: patches from the text and the rest of the image."""
+    masking: MaskingConfig = MaskingConfig()
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Evaluation while training, by the same functions as `python -m eval`."""
 
@@ -84,6 +97,7 @@ class PretrainConfig:
 
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     batch_size: int = 256
@@ -107,6 +121,9 @@ class PretrainConfig:
             raise ValueError("Say where to write: --output-dir runs/NAME.")
         if not self.data.files:
             raise ValueError("Say what to train on: --data.files FILES (parquet files, globs or folders).")
+        for name in ("cmlm_weight", "cmim_weight"):
+            if getattr(self.objective, name) < 0:
+                raise ValueError(f"objective.{name} must be 0 or more, got {getattr(self.objective, name)}.")
         for name in ("batch_size", "steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -131,6 +148,8 @@ def nano() -> PretrainConfig:
     return PretrainConfig(
         # AdamW learns several times faster than LAMB in the few hundred steps there are (docs/log.md).
         optimizer=OptimizerConfig(name="adamw", lr=1e-3, warmup_steps=100),
+        # In these minutes ITC alone learns more.
+        objective=ObjectiveConfig(cmlm_weight=0.0, cmim_weight=0.0),
         batch_size=128,
         steps=1200,
         data=DataConfig(neighbours=4),  # a family of scenes, see training/scene_families.py

@@ -34,6 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 from eval.data import caption_list
 from modeling_m2encoder.image_processing_m2encoder import to_rgb
 
+from .masking import Masker
+
 logger = logging.getLogger(__name__)
 
 Augmentation = Literal["none", "crop"]
@@ -401,8 +403,10 @@ class _Batches(Dataset):
         rank: int,
         world_size: int,
         neighbours: int,
+        masker: Masker | None,
     ):
         self.dataset, self.tokenizer, self.transform, self.cycle = dataset, tokenizer, transform, cycle
+        self.masker = masker
         self.languages = list(dict.fromkeys(cycle))
         self.order = EpochOrder(len(dataset), seed, neighbours)
         self.seed, self.global_batch_size = seed, global_batch_size
@@ -425,11 +429,14 @@ class _Batches(Dataset):
             images.append(image)
             texts.append(captions[generator.integers(len(captions))])
             languages.append(language)
-        tokens = self.tokenizer(texts, padding=True, truncation=True)
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        inputs = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        pixel_values = self.transform(images, generators)
+        masks = self.masker(**inputs, generators=generators) if self.masker else {}
         return {
-            "pixel_values": self.transform(images, generators),
-            "input_ids": torch.tensor(tokens["input_ids"]),
-            "attention_mask": torch.tensor(tokens["attention_mask"]),
+            "pixel_values": pixel_values,
+            **inputs,
+            **masks,
             "languages": languages,
             "rows": torch.tensor(indices),
             "skipped": dict(skipped),
@@ -480,6 +487,7 @@ def batches(
     augment: Augmentation = "none",
     flip: bool = False,
     neighbours: int = 1,
+    masker: Masker | None = None,
 ) -> Iterator[dict[str, Any]]:
     """This rank's share of the global batches `start_step`, ..., `start_step + num_steps - 1`.
 
@@ -503,11 +511,12 @@ def batches(
         language_weights: share of each language of the dataset; equal by default.
         augment, flip: see `PixelTransform`.
         neighbours: rows of the files that stay together when shuffled, see `EpochOrder`.
+        masker: draws what the masked losses hide.
 
     Yields:
         `pixel_values` [B, 3, S, S] float32; `input_ids`, `attention_mask` [B, L] int64, padded to the longest of this
-        rank; `languages` list of B names; `rows` [B] int64, the rows used; `skipped` reason -> count in this rank's
-        share.
+        rank; `text_mask` [B, L] and `patch_mask` [B, P] bool, as the `masker` gives them; `languages` list of B names;
+        `rows` [B] int64, the rows used; `skipped` reason -> count in this rank's share.
 
     Raises:
         ValueError: at once, for arguments that contradict each other; while iterating, if the data cannot fill a batch.
@@ -531,7 +540,7 @@ def batches(
     transform = PixelTransform(processor.image_processor, augment, flip)
     cycle = language_cycle(weights)
     source = _Batches(
-        dataset, processor.tokenizer, transform, cycle, seed, global_batch_size, rank, world_size, neighbours
+        dataset, processor.tokenizer, transform, cycle, seed, global_batch_size, rank, world_size, neighbours, masker
     )
     if num_workers:
         # Without a word on it, tokenizers warns once per forked worker, and does the same.

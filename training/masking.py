@@ -8,8 +8,10 @@ Shapes: B batch, L text tokens, P patches, V vocabulary.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -148,6 +150,49 @@ def mask_patches(batch_size: int, num_patches: int, ratio: float, *, generator: 
     hidden = min(max(round(ratio * num_patches), 1), num_patches - 1)
     draws = torch.rand(batch_size, num_patches, generator=generator)
     return draws.argsort(dim=1).argsort(dim=1) < hidden
+
+
+@dataclass(frozen=True)
+class Masker:
+    """The masks of a batch, each row's from its own generator: the same on however many processes."""
+
+    config: MaskingConfig
+    vocabulary: Vocabulary | None
+    """None: no text is masked."""
+    num_patches: int
+    """Patches of an image; 0: no image is masked."""
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, generators: Sequence[np.random.Generator]
+    ) -> dict[str, Tensor]:
+        """`text_mask` [B, L] and `patch_mask` [B, P], bool, as far as they are asked for.
+
+        A text of nothing but special tokens keeps them all.
+        """
+        seeds = [int(generator.integers(2**63)) for generator in generators]
+        masks = {}
+        if self.vocabulary is not None:
+            text_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+            can_hide = ((attention_mask != 0) & ~self.vocabulary.special[input_ids]).any(dim=1)
+            for row in can_hide.nonzero().flatten().tolist():
+                text_mask[row] = mask_text(
+                    input_ids[row, None],
+                    attention_mask[row, None],
+                    self.vocabulary,
+                    self.config.text_ratio,
+                    whole_words=self.config.whole_words,
+                    generator=torch.Generator().manual_seed(seeds[row]),
+                )[0]
+            masks["text_mask"] = text_mask
+        if self.num_patches:
+            rows = [
+                mask_patches(
+                    1, self.num_patches, self.config.image_ratio, generator=torch.Generator().manual_seed(seed)
+                )
+                for seed in seeds
+            ]
+            masks["patch_mask"] = torch.cat(rows)
+        return masks
 
 
 def _look_up(table: Tensor, input_ids: Tensor) -> Tensor:

@@ -21,16 +21,23 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoProcessor, AutoTokenizer
 
 from eval.retrieval import evaluate_retrieval
 from eval.scenes import evaluate_scenes
-from modeling_m2encoder import M2EncoderConfig, M2EncoderImageProcessorPil, M2EncoderModel, M2EncoderProcessor
+from modeling_m2encoder import (
+    M2EncoderConfig,
+    M2EncoderForPreTraining,
+    M2EncoderImageProcessorPil,
+    M2EncoderModel,
+    M2EncoderProcessor,
+)
 
 from .checkpoint import export
-from .configs import PRESETS, PretrainConfig
+from .configs import PRESETS, ObjectiveConfig, PretrainConfig
 from .data import CaptionDataset, batches
 from .losses import grouped_itc_loss
+from .masking import Masker, describe_vocabulary
 from .optim import build_optimizer, warmup_cosine
 from .run_log import RunLog
 from .tokenizer import train_tokenizer
@@ -74,13 +81,14 @@ def pretrain(config: PretrainConfig) -> Path:
         augment=config.data.augment,
         flip=config.data.flip,
         neighbours=config.data.neighbours,
+        masker=build_masker(config.objective, model, processor),
     )
 
     # ---- Loop
     wrapped.train()
     for step, batch in enumerate(stream, start=1):
         lr = settings.lr * warmup_cosine(step, settings.warmup_steps, config.steps, settings.min_lr_ratio)
-        metrics = train_step(accelerator, wrapped, optimizer, batch, lr, settings.max_grad_norm)
+        metrics = train_step(accelerator, wrapped, optimizer, batch, config.objective, lr, settings.max_grad_norm)
         log.count_skipped(batch["skipped"])
         last = step == config.steps
         evaluating = config.evaluation.every > 0 and (step % config.evaluation.every == 0 or last)
@@ -105,18 +113,30 @@ def train_step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, Any],
+    objective: ObjectiveConfig,
     lr: float,
     max_grad_norm: float,
 ) -> dict[str, torch.Tensor]:
     """One optimizer step over the global batch: loss over all processes, clipped gradients, clamped temperature.
 
-    Returns this process's loss (the global batch's is the mean over processes), `logit_scale` and `grad_norm`,
+    Returns this process's losses (the global batch's are their means over processes), `logit_scale` and `grad_norm`,
     left on the device so that nothing waits for them here.
     """
-    names = ("input_ids", "attention_mask", "pixel_values")
-    output = model(**{name: batch[name].to(accelerator.device, non_blocking=True) for name in names})
+    names = ("input_ids", "attention_mask", "pixel_values", "text_mask", "patch_mask")
+    inputs = {name: batch[name].to(accelerator.device, non_blocking=True) for name in names if name in batch}
+    output = model(**inputs)
     logit_scale = accelerator.unwrap_model(model).logit_scale
-    loss = grouped_itc_loss(output.image_embeds, output.text_embeds, logit_scale)
+    loss = itc = grouped_itc_loss(output.image_embeds, output.text_embeds, logit_scale)
+    parts = {"loss_itc": itc.detach()}
+    if "patch_mask" in inputs:  # every image hides the same number of patches
+        loss = loss + objective.cmim_weight * output.loss_cmim
+        parts["loss_cmim"] = output.loss_cmim.detach()
+    if "text_mask" in inputs:
+        # The mean over all masked tokens, wherever they are: each process has its own number of them.
+        hidden = inputs["text_mask"].sum()
+        cmlm = output.loss_cmlm * hidden / accelerator.reduce(hidden.float(), "mean").clamp(min=1)
+        loss = loss + objective.cmlm_weight * cmlm
+        parts["loss_cmlm"] = cmlm.detach()
     accelerator.backward(loss)
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
     for group in optimizer.param_groups:
@@ -125,8 +145,18 @@ def train_step(
     optimizer.zero_grad()
     with torch.no_grad():
         logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-    loss = loss.detach()
-    return {"loss": loss, "loss_itc": loss, "logit_scale": logit_scale.detach().clone(), "grad_norm": grad_norm}
+    return {"loss": loss.detach(), **parts, "logit_scale": logit_scale.detach().clone(), "grad_norm": grad_norm}
+
+
+def build_masker(objective: ObjectiveConfig, model: M2EncoderModel, processor: M2EncoderProcessor) -> Masker | None:
+    """What draws the masks of the losses that have a weight; None if none has."""
+    if not (objective.cmlm_weight or objective.cmim_weight):
+        return None
+    return Masker(
+        objective.masking,
+        describe_vocabulary(processor.tokenizer) if objective.cmlm_weight else None,
+        (model.config.image_size // model.config.patch_size) ** 2 if objective.cmim_weight else 0,
+    )
 
 
 def make_accelerator(config: PretrainConfig) -> Accelerator:
@@ -162,10 +192,13 @@ def build_model(
     config: PretrainConfig, dataset: CaptionDataset, output_dir: Path, accelerator: Accelerator
 ) -> tuple[M2EncoderModel, M2EncoderProcessor]:
     """The model and its processor: those of `init_from`, or new ones of `size` with the given or a new tokenizer."""
+    objective = config.objective
+    masked = bool(objective.cmlm_weight or objective.cmim_weight)
     if config.init_from:
         model_config = AutoConfig.from_pretrained(config.init_from)
         model_config.drop_path_rate = config.drop_path_rate
-        model = AutoModel.from_pretrained(config.init_from, config=model_config, dtype=torch.float32)
+        auto_class = AutoModelForPreTraining if masked else AutoModel
+        model = auto_class.from_pretrained(config.init_from, config=model_config, dtype=torch.float32)
         processor = AutoProcessor.from_pretrained(config.init_from)
     else:
         folder = config.tokenizer or str(output_dir / "tokenizer")
@@ -184,9 +217,18 @@ def build_model(
             pad_token_id=tokenizer.pad_token_id,
             mask_token_id=tokenizer.mask_token_id,
         )
-        model = M2EncoderModel(model_config)
+        model = (M2EncoderForPreTraining if masked else M2EncoderModel)(model_config)
         side = model_config.image_size
         processor = M2EncoderProcessor(M2EncoderImageProcessorPil(size={"height": side, "width": side}), tokenizer)
+    if masked:
+        # Parameters without a gradient would keep DDP waiting for them.
+        heads = model.pretraining_heads
+        if not objective.cmlm_weight:
+            for module in (heads.image_to_text_decoder, heads.text_head):
+                module.requires_grad_(False)
+        if not objective.cmim_weight:
+            for module in (heads.text_to_image_decoder, heads.pixel_head, heads.mask_token):
+                module.requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, processor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from conversion.tokenizer import glm_tokenizer
 from training.masking import (
+    Masker,
     MaskingConfig,
     Vocabulary,
     describe_vocabulary,
@@ -224,3 +226,24 @@ def test_other_bad_arguments(vocabulary, batch):
 
 def test_defaults():
     assert MaskingConfig() == MaskingConfig(text_ratio=0.5, image_ratio=0.75, whole_words=True)
+
+
+def test_a_masker_draws_each_row_by_itself(tokenizer):
+    """A row's masks are the same in any batch, so that they do not depend on the number of processes."""
+    texts = ["a red circle", "two blue squares on a grey background", "一个红色的圆形"]
+    tokens = tokenizer(texts, padding=True, return_tensors="pt")
+    ids, attention_mask = tokens["input_ids"], tokens["attention_mask"]
+    masker = Masker(MaskingConfig(), describe_vocabulary(tokenizer), num_patches=16)
+
+    def masks(rows: list[int]) -> dict[str, torch.Tensor]:
+        generators = [np.random.default_rng(row) for row in rows]
+        return masker(ids[rows], attention_mask[rows], generators)
+
+    whole = masks([0, 1, 2])
+    assert whole["patch_mask"].sum(dim=1).tolist() == [12] * 3 and whole["text_mask"].any(dim=1).all()
+    for rows in ([1], [2, 0]):
+        assert all(torch.equal(mask, whole[name][rows]) for name, mask in masks(rows).items())
+    only_special = ids.masked_fill(torch.tensor([[True], [False], [False]]), tokenizer.pad_token_id)
+    drawn = masker(only_special, attention_mask, [np.random.default_rng(0)] * 3)
+    assert drawn["text_mask"].any(dim=1).tolist() == [False, True, True]
+    assert list(Masker(MaskingConfig(), None, 0)(ids, attention_mask, [np.random.default_rng(0)] * 3)) == []

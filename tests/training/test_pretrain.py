@@ -14,12 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor
 
-from modeling_m2encoder import M2EncoderConfig, M2EncoderModel
+from modeling_m2encoder import M2EncoderConfig, M2EncoderForPreTraining, M2EncoderModel
 from tests.distributed import run_distributed
 from training.checkpoint import export
-from training.configs import PRESETS, PretrainConfig, nano_smoke
+from training.configs import PRESETS, ObjectiveConfig, PretrainConfig, nano_smoke
 from training.pretrain import parse, pretrain, train_step
 from training.scenes import ScenesConfig, write_scenes
 
@@ -79,6 +79,21 @@ def test_continues_from_a_checkpoint(scenes: Path, tmp_path: Path):
     assert config.vocab_size == AutoModel.from_pretrained(first).config.vocab_size
 
 
+@pytest.mark.parametrize(("cmlm", "cmim"), [(0.3, 0.3), (0.3, 0.0), (0.0, 0.5)])
+def test_masked_losses(scenes: Path, tmp_path: Path, cmlm: float, cmim: float):
+    """They are parts of the loss with their weights, and what is exported loads with and without the heads."""
+    objective = ObjectiveConfig(cmlm_weight=cmlm, cmim_weight=cmim)
+    folder = pretrain(smoke(scenes, tmp_path / "run", objective=objective))
+    for line in log_of(tmp_path / "run"):
+        assert ("loss_cmlm" in line, "loss_cmim" in line) == (cmlm > 0, cmim > 0)
+        parts = line["loss_itc"] + cmlm * line.get("loss_cmlm", 0) + cmim * line.get("loss_cmim", 0)
+        assert line["loss"] == pytest.approx(parts, rel=1e-6)
+    assert type(AutoModel.from_pretrained(folder)) is M2EncoderModel
+    assert type(AutoModelForPreTraining.from_pretrained(folder)) is M2EncoderForPreTraining
+    again = pretrain(smoke(scenes, tmp_path / "more", objective=objective, init_from=str(folder), steps=2))
+    assert "loss_itc" in log_of(again.parent)[0]
+
+
 # ---- Launchers
 
 
@@ -124,7 +139,7 @@ class Recorder(torch.optim.SGD):
         self.seen = [parameter.grad.clone() for group in self.param_groups for parameter in group["params"]]
 
 
-def loss_and_gradients() -> tuple[float, list[torch.Tensor]]:
+def loss_and_gradients(masked: bool) -> tuple[float, list[torch.Tensor]]:
     """One `train_step` on this rank's share of a fixed global batch of 8."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     # What torchrun would set: Accelerate reads its rank from here.
@@ -144,7 +159,7 @@ def loss_and_gradients() -> tuple[float, list[torch.Tensor]]:
         pad_token_id=1,
         mask_token_id=2,
     )
-    model = M2EncoderModel(config).train()
+    model = (M2EncoderForPreTraining if masked else M2EncoderModel)(config).train()
     ids = torch.randint(0, 100, (8, 12))
     mask = (torch.arange(12)[None] < torch.randint(3, 13, (8, 1))).long()
     pixels = torch.randn(8, 3, 64, 64)
@@ -152,13 +167,18 @@ def loss_and_gradients() -> tuple[float, list[torch.Tensor]]:
     wrapped, optimizer = accelerator.prepare(model, recorder)
     mine = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
     batch = {"input_ids": ids[mine], "attention_mask": mask[mine], "pixel_values": pixels[mine]}
-    loss = train_step(accelerator, wrapped, optimizer, batch, lr=1.0, max_grad_norm=1e9)["loss"]
+    if masked:  # the first half of the texts hides many more tokens than the second
+        hidden = (torch.rand(8, 12) < torch.tensor([0.9] * 4 + [0.3] * 4)[:, None]) & mask.bool()
+        hidden[:, 0] = True
+        batch |= {"text_mask": hidden[mine], "patch_mask": (torch.rand(8, 16).argsort(dim=1) < 12)[mine]}
+    loss = train_step(accelerator, wrapped, optimizer, batch, ObjectiveConfig(), lr=1.0, max_grad_norm=1e9)["loss"]
     return accelerator.reduce(loss, "mean").item(), recorder.seen
 
 
-def test_two_processes_have_the_gradients_of_one():
-    (loss, gradients), *_ = run_distributed(loss_and_gradients, 1)
-    for other_loss, other_gradients in run_distributed(loss_and_gradients, 2):
+@pytest.mark.parametrize("masked", [False, True])
+def test_two_processes_have_the_gradients_of_one(masked: bool):
+    (loss, gradients), *_ = run_distributed(loss_and_gradients, 1, masked)
+    for other_loss, other_gradients in run_distributed(loss_and_gradients, 2, masked):
         assert other_loss == pytest.approx(loss, abs=1e-5)
         assert len(gradients) == len(other_gradients) > 50
         whole = torch.stack([one.norm() for one in gradients]).norm().item()
