@@ -26,6 +26,7 @@ def grouped_itc_loss(
     *,
     group: dist.ProcessGroup | None = None,
     tile: int = 1024,
+    gathered: Tensor | None = None,
 ) -> Tensor:
     """Symmetric image-text cross-entropy over the N = g * b samples of a process group (Grouped-ITC, section 2.3).
 
@@ -52,6 +53,8 @@ def grouped_itc_loss(
         group: process group to contrast over. `None`: all ranks if `torch.distributed` is initialised, else this
             process alone.
         tile: rows and columns of the logits that exist at a time; changes memory and speed only.
+        gathered: [N, 2E], the group's image and text rows side by side, ranks in group order, where the caller has
+            gathered them already (and so knows that the ranks agree); `None`: they are gathered here.
 
     Returns:
         The 0-d loss of this rank's rows, fp32 (fp64 for fp64 features).
@@ -63,13 +66,22 @@ def grouped_itc_loss(
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     error = _argument_error(image_embeds, text_embeds, logit_scale, tile)
-    if group is not None and group is not dist.GroupMember.NON_GROUP_MEMBER and dist.get_world_size(group) > 1:
+    if (
+        gathered is None
+        and group is not None
+        and group is not dist.GroupMember.NON_GROUP_MEMBER
+        and dist.get_world_size(group) > 1
+    ):
         _check_ranks_agree(image_embeds, error, group)
     if error:
         raise ValueError(error)
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("This rank is not a member of the process group it was given.")
-    return _GroupedITC.apply(image_embeds, text_embeds, logit_scale, group, tile)
+    if gathered is not None:
+        rows = len(image_embeds) * (1 if group is None else dist.get_world_size(group))
+        if gathered.shape != (rows, 2 * image_embeds.shape[1]):
+            raise ValueError(f"gathered must be {[rows, 2 * image_embeds.shape[1]]}, got {list(gathered.shape)}.")
+    return _GroupedITC.apply(image_embeds, text_embeds, logit_scale, group, tile, gathered)
 
 
 def _argument_error(image: Tensor, text: Tensor, logit_scale: Tensor, tile: int) -> str | None:
@@ -160,12 +172,21 @@ def _direction_gradient(
 class _GroupedITC(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, group: dist.ProcessGroup | None, tile: int
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: Tensor,
+        group: dist.ProcessGroup | None,
+        tile: int,
+        gathered: Tensor | None,
     ) -> Tensor:
         dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
         with torch.autocast(image.device.type, enabled=False):
             scale = logit_scale.detach().reshape(()).to(dtype).exp()
-            all_images, all_texts = _gather_pair(image, text, group)
+            if gathered is None:
+                all_images, all_texts = _gather_pair(image, text, group)
+            else:
+                all_images, all_texts = gathered.split(image.shape[1], dim=1)
             image_lse = _log_sum_exp(image, all_texts, scale, tile)
             text_lse = _log_sum_exp(text, all_images, scale, tile)
             positives = torch.linalg.vecdot(image.to(dtype), text.to(dtype))
@@ -189,4 +210,4 @@ class _GroupedITC(torch.autograd.Function):
             d_text = d_text.sub_(image, alpha=2).mul_(factor).to(text.dtype)
             # Own image rows against all texts count every pair of the group once over its ranks, in both directions.
             d_scale = (weighted - 2 * positives.sum()) * factor
-        return d_image, d_text, d_scale.to(logit_scale.dtype).reshape(logit_scale.shape), None, None
+        return d_image, d_text, d_scale.to(logit_scale.dtype).reshape(logit_scale.shape), None, None, None
