@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-from .losses import grouped_itc_loss
+from .losses import gather_rows, grouped_itc_loss
 
 
 @dataclass(frozen=True)
@@ -278,11 +278,7 @@ class _Bank:
         """Before the first gather every rank learns every rank's [k, B, E, bytes], so that all raise and none waits."""
         valid = image.ndim == 2 and image.shape == text.shape and image.dtype == text.dtype
         own = torch.tensor([self.steps, *image.shape, image.itemsize] if valid else [0] * 4, device=image.device)
-        rows = [own]
-        if self.group_size > 1:
-            rows = [torch.empty_like(own) for _ in range(self.group_size)]
-            dist.all_gather(rows, own, group=self.group)
-        seen = torch.stack(rows).tolist()
+        seen = gather_rows(own[None], self.group).tolist()
         if not valid or any(row != seen[0] for row in seen):
             raise ValueError(
                 "Every rank of the group must bring image and text features of one shape [B, E] and dtype, in the same "

@@ -105,7 +105,7 @@ def _argument_error(image: Tensor, text: Tensor, logit_scale: Tensor, tile: int)
 def _check_ranks_agree(image: Tensor, error: str | None, group: dist.ProcessGroup) -> None:
     """Every rank learns every rank's [valid, b, E, dtype]; all raise if they differ, so that nobody waits for ever."""
     own = [0, 0, 0, 0] if error else [1, *image.shape, _DTYPES.index(image.dtype)]
-    rows = _gather(torch.tensor([own], device=image.device), group).tolist()
+    rows = gather_rows(torch.tensor([own], device=image.device), group).tolist()
     refused = [rank for rank, row in enumerate(rows) if not row[0]]
     if refused and not error:
         raise ValueError(f"Ranks {refused} of the group refused their arguments; see their message.")
@@ -114,7 +114,7 @@ def _check_ranks_agree(image: Tensor, error: str | None, group: dist.ProcessGrou
         raise ValueError(f"Every rank of the group must bring the same shape and dtype, got {seen}.")
 
 
-def _gather(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[b, ...] of every rank, one after the other in group order: [N, ...]."""
     if group is None or dist.get_world_size(group) == 1:
         return rows
@@ -127,7 +127,7 @@ def _gather_pair(image: Tensor, text: Tensor, group: dist.ProcessGroup | None) -
     """Both modalities of the whole group with one collective; the results are views of one [N, 2E] buffer."""
     if group is None or dist.get_world_size(group) == 1:
         return image, text
-    both = _gather(torch.cat([image, text], dim=1), group)
+    both = gather_rows(torch.cat([image, text], dim=1), group)
     return both.split(image.shape[1], dim=1)
 
 
@@ -201,7 +201,7 @@ class _GroupedITC(torch.autograd.Function):
         image, text, logit_scale, all_images, all_texts, image_lse, text_lse, positives = ctx.saved_tensors
         scale, tile, b = ctx.scale, ctx.tile, image.shape[0]
         with torch.autocast(image.device.type, enabled=False):
-            lses = _gather(torch.stack([image_lse, text_lse], dim=1), ctx.group)
+            lses = gather_rows(torch.stack([image_lse, text_lse], dim=1), ctx.group)
             # ds/dlogit_scale = s, so every gradient holds the same factor s / (2b).
             factor = grad_output.to(scale.dtype) * scale / (2 * b)
             d_image, weighted = _direction_gradient(image, all_texts, image_lse, lses[:, 1], scale, tile)

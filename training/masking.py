@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-BLANK = "▁"  # SentencePiece's; our own and the published tokenizer write a word's blank with it
-# Chinese is written without blanks: a piece of it is a word of its own. The ranges of training/tokenizer.py, and kana.
-_UNSPACED = re.compile(
-    r"[\u2e80-\u2fdf\u3005\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+from .characters import BLANK, HAN
+
+# Chinese is written without blanks: a piece of it is a word of its own; and so is kana.
+_UNSPACED = re.compile(rf"[{HAN}\u3040-\u30ff]")
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def train_step(
 
 def build_masker(objective: ObjectiveConfig, model: M2EncoderModel, processor: M2EncoderProcessor) -> Masker | None:
     """What draws the masks of the losses that have a weight; None if none has."""
-    if not (objective.cmlm_weight or objective.cmim_weight):
+    if not objective.masks:
         return None
     return Masker(
         objective.masking,
@@ -193,11 +193,10 @@ def build_model(
 ) -> tuple[M2EncoderModel, M2EncoderProcessor]:
     """The model and its processor: those of `init_from`, or new ones of `size` with the given or a new tokenizer."""
     objective = config.objective
-    masked = bool(objective.cmlm_weight or objective.cmim_weight)
     if config.init_from:
         model_config = AutoConfig.from_pretrained(config.init_from)
         model_config.drop_path_rate = config.drop_path_rate
-        auto_class = AutoModelForPreTraining if masked else AutoModel
+        auto_class = AutoModelForPreTraining if objective.masks else AutoModel
         model = auto_class.from_pretrained(config.init_from, config=model_config, dtype=torch.float32)
         processor = AutoProcessor.from_pretrained(config.init_from)
     else:
@@ -217,10 +216,10 @@ def build_model(
             pad_token_id=tokenizer.pad_token_id,
             mask_token_id=tokenizer.mask_token_id,
         )
-        model = (M2EncoderForPreTraining if masked else M2EncoderModel)(model_config)
+        model = (M2EncoderForPreTraining if objective.masks else M2EncoderModel)(model_config)
         side = model_config.image_size
         processor = M2EncoderProcessor(M2EncoderImageProcessorPil(size={"height": side, "width": side}), tokenizer)
-    if masked:
+    if objective.masks:
         # Parameters without a gradient would keep DDP waiting for them.
         heads = model.pretraining_heads
         if not objective.cmlm_weight:

@@ -18,20 +18,19 @@ import tyro
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
+from .characters import BLANK, HAN
 from .data import read_captions
 
 logger = logging.getLogger(__name__)
 
 # The published tokenizer's special tokens; the end token is also the padding. Their ids are their places here.
 SPECIAL_TOKENS = ("[CLS]", "<|endoftext|>", "[MASK]", "[UNK]", "[SEP]", "[sMASK]", "[gMASK]")
-BLANK = "▁"
 # Always in the vocabulary, so that an English word never seen in training is spelled instead of unknown. The Chinese
 # marks are those that NFKC does not turn into ASCII.
 _ALPHABET = BLANK + string.ascii_letters + string.digits + string.punctuation + "。、《》“”‘’—"
 # What no piece may cross the ends of: runs of Chinese characters, digits, punctuation; not the apostrophe of "man's".
 _BOUNDARIES = r"\p{Han}+|▁?\p{N}|▁?(?!(?<=\p{L})['’]\p{L})\p{P}"
-# Python's re has no \p{Han}: the radicals, the iteration mark and zero, and the blocks of ideographs.
-_HAN = re.compile(r"[\u2e80-\u2fdf\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_HAN = re.compile(f"[{HAN}]")
 
 MAX_PIECE_LENGTH = 16
 MAX_HAN_LENGTH = 3  # words of four characters and more are rare, and made of shorter ones
