@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before anything imports the libraries: no test may reach out, and two cores are shared with other processes.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,7 @@ from modeling_m2encoder import M2EncoderConfig, M2EncoderImageProcessorPil, M2En
 from training.tokenizer import train_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared"
+GOLDENS = Path(__file__).parent / "goldens"
 
 CAPTIONS = [
     "a red circle to the left of a blue square",
@@ -92,3 +94,34 @@ def checkpoint(model: M2EncoderModel, processor: M2EncoderProcessor, tmp_path: P
     model.save_pretrained(tmp_path / "checkpoint")
     processor.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> dict[str, Any]:
+    """The official JSON config of the golden checkpoint."""
+    return {
+        "loss_names": {"itc": 1},
+        "encoder_layers": 2,
+        "beit3_vl_layers": 1,
+        "encoder_embed_dim": 48,
+        "encoder_attention_heads": 4,
+        "out_embed_dim": 32,
+        "beit_version": "base",
+        "image_size": 64,
+        "patch_size": 16,
+        "vocab_size": 1000,
+        "test_only": True,
+        "flash_attn": False,
+    }
+
+
+@pytest.fixture(scope="session")
+def _golden_weights() -> dict[str, np.ndarray]:
+    with np.load(GOLDENS / "tiny_official_weights.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture
+def tiny_state(_golden_weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """A fresh copy of the golden state dict, with the official keys."""
+    return {key: torch.from_numpy(value.copy()) for key, value in _golden_weights.items()}

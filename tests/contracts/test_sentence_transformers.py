@@ -51,33 +51,12 @@ def by_hand(folder: Path, texts: list[str], images: list) -> tuple[np.ndarray, n
 
 
 @pytest.fixture(params=["as training writes it", "as conversion writes it"])
-def folder(request, hub, tiny_official, tokenizer, tmp_path) -> Path:
+def folder(request, hub, tiny_state, tiny_config, tokenizer, tmp_path) -> Path:
     if request.param == "as training writes it":
         return hub
-    state, config = tiny_official
-    torch.save(state, tmp_path / "official.ckpt")
-    convert(tmp_path / "official.ckpt", tmp_path / "converted", tokenizer, official_config=config)
+    torch.save(tiny_state, tmp_path / "official.ckpt")
+    convert(tmp_path / "official.ckpt", tmp_path / "converted", tokenizer, official_config=tiny_config)
     return tmp_path / "converted"
-
-
-@pytest.fixture
-def tiny_official() -> tuple[dict[str, torch.Tensor], dict]:
-    """The golden checkpoint in the official layout, and its official JSON config."""
-    with np.load(Path(__file__).parents[1] / "goldens" / "tiny_official_weights.npz") as arrays:
-        state = {key: torch.from_numpy(value) for key, value in arrays.items()}
-    config = {
-        "loss_names": {"itc": 1},
-        "encoder_layers": 2,
-        "beit3_vl_layers": 1,
-        "encoder_embed_dim": 48,
-        "encoder_attention_heads": 4,
-        "out_embed_dim": 32,
-        "beit_version": "base",
-        "image_size": 64,
-        "patch_size": 16,
-        "vocab_size": 1000,
-    }
-    return state, config
 
 
 def test_texts_and_images_are_the_models_features(folder, images, captions, tmp_path):

@@ -15,37 +15,6 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 @pytest.fixture(scope="session")
-def tiny_config() -> dict[str, Any]:
-    """The official JSON config of the golden checkpoint."""
-    return {
-        "loss_names": {"itc": 1},
-        "encoder_layers": 2,
-        "beit3_vl_layers": 1,
-        "encoder_embed_dim": 48,
-        "encoder_attention_heads": 4,
-        "out_embed_dim": 32,
-        "beit_version": "base",
-        "image_size": 64,
-        "patch_size": 16,
-        "vocab_size": 1000,
-        "test_only": True,
-        "flash_attn": False,
-    }
-
-
-@pytest.fixture(scope="session")
-def _golden_weights() -> dict[str, np.ndarray]:
-    with np.load(GOLDENS / "tiny_official_weights.npz") as arrays:
-        return dict(arrays)
-
-
-@pytest.fixture
-def tiny_state(_golden_weights: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """A fresh copy of the golden state dict, with the official keys."""
-    return {key: torch.from_numpy(value.copy()) for key, value in _golden_weights.items()}
-
-
-@pytest.fixture(scope="session")
 def tiny_outputs() -> dict[str, Tensor]:
     """The golden inputs, and what the official code returned for them."""
     with np.load(GOLDENS / "tiny_official_outputs.npz") as arrays:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from conversion.official_forward import OfficialModel
 from conversion.tokenizer import glm_tokenizer
 from modeling_m2encoder import M2EncoderConfig, M2EncoderModel
 from modeling_m2encoder.hub_folder import save_hub_folder
+from tests.full_disk import file_size_limit
 
 from .conftest import LAYOUTS
 
@@ -43,19 +40,6 @@ def embeddings(folder: Path, inputs: dict[str, torch.Tensor], **kwargs: Any) -> 
     pixels = (inputs["pixel_values_0_1"] - 0.5) / 0.5
     with torch.no_grad():
         return model(inputs["input_ids"], pixels, inputs["attention_mask"])
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """No file may become larger, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
 
 
 def left_behind(folder: Path) -> list[str]:

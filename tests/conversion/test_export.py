@@ -7,12 +7,8 @@ same weights, `traced` hands out the graphs that are there already, and all the 
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import signal
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +24,7 @@ import conversion.export as export_module  # noqa: E402
 from conversion.export import export, main  # noqa: E402
 from modeling_m2encoder import M2EncoderModel, M2EncoderTextModel  # noqa: E402
 from modeling_m2encoder.hub_folder import save_hub_folder  # noqa: E402
+from tests.full_disk import file_size_limit
 
 GRAPHS = ["text_model.onnx", "text_model_quantized.onnx", "vision_model.onnx", "vision_model_quantized.onnx"]
 
@@ -348,19 +345,6 @@ def test_not_a_number_is_refused(traced, hub, monkeypatch):
     embeds = export_module._onnx_embeds
     monkeypatch.setattr(export_module, "_onnx_embeds", last_is_nan)
     refused(hub, "Verification failed: text_model.onnx differs from torch by nan")
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """No file may become larger, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_a_full_disk_leaves_nothing(traced, hub):
