@@ -24,7 +24,7 @@ import conversion.export as export_module  # noqa: E402
 from conversion.export import export, main  # noqa: E402
 from modeling_m2encoder import M2EncoderModel, M2EncoderTextModel  # noqa: E402
 from modeling_m2encoder.hub_folder import save_hub_folder  # noqa: E402
-from tests.full_disk import file_size_limit
+from tests.full_disk import file_size_limit  # noqa: E402
 
 GRAPHS = ["text_model.onnx", "text_model_quantized.onnx", "vision_model.onnx", "vision_model_quantized.onnx"]
 
