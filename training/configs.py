@@ -11,7 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .bank import BankPlan, plan_bank
 from .masking import MaskingConfig
+
+# Pairs seen in the paper's pretraining, of either size.
+PAPER_SAMPLES = 9_000_000_000
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,60 @@ class ObjectiveConfig:
     cmim_weight: float = 0.3
     """Cross-modal masked image modelling: patches from the text and the rest of the image."""
     masking: MaskingConfig = MaskingConfig()
+    decoder_context: Literal["tokens", "cls"] = "tokens"
+    """What the decoders see of the other modality: all its states, or only its [CLS]. The paper names both."""
+    normalize_pixels: bool = True
+    """CMIM predicts each patch normalised to its own mean and variance (MAE) instead of the pixels as they enter."""
 
     @property
     def masks(self) -> bool:
         """Whether any masked loss counts, so that the model needs the pretraining heads."""
         return bool(self.cmlm_weight or self.cmim_weight)
+
+
+@dataclass(frozen=True)
+class ITCConfig:
+    """Grouped-ITC and GBA-ITC (paper, section 2.3; `training.bank`): which pairs contrast with each other.
+
+    With n GPUs, `PretrainConfig.batch_size` = n * B * k pairs make one optimizer step and N = g * B * k pairs one loss.
+    At most one of the first three says how many GPUs g a group has; with none of them all GPUs are one group.
+    """
+
+    group_size: int | None = None
+    """g, in GPUs of consecutive ranks."""
+    group_nodes: int | None = None
+    """g, in nodes (`aggregate_nodes` in the official code)."""
+    bank_size: int | None = None
+    """N, "batch size of GBA-ITC" in Table 10; g follows."""
+    bank_steps: int = 1
+    """k, micro-batches in one loss. Changes neither the pairs of a step nor its loss, only memory and time."""
+    retain: int = 1
+    """Micro-batches whose graphs are kept, 0 to k; the others run twice. k is the paper's single backward pass."""
+    tile: int = 1024
+    """Rows and columns of similarities that exist at a time."""
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """How the model lies on the GPUs, see `training.sharding`."""
+
+    strategy: Literal["ddp", "fsdp", "hsdp", "hpz"] = "ddp"
+    """Replicated; sharded over all GPUs; sharded inside a group of GPUs and replicated across (the practical form of
+    PaRO); sharded over all GPUs with a second copy inside a node for the backward pass."""
+    shard_size: int | None = None
+    """GPUs of one shard group of hsdp and hpz; those of a node unless given."""
+    compile: bool = False
+    """torch.compile each layer."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a killed run can go on from: `OUTPUT_DIR/checkpoints/step_00000100`."""
+
+    every: int = 0
+    """Optimizer steps between checkpoints (and one after the last step); 0 writes none."""
+    keep: int = 2
+    """Checkpoints kept, the newest ones; at least 2 let a damaged newest one fall back."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +156,17 @@ class PretrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    itc: ITCConfig = ITCConfig()
+    sharding: ShardingConfig = ShardingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: str = "none"
+    """`auto`: go on from the newest whole checkpoint in `output_dir`, or begin if there is none. A path: from that
+    checkpoint. `none`: begin, in a folder without a run."""
 
     batch_size: int = 256
-    """Pairs per optimizer step over all processes; each process takes an equal share."""
+    """Pairs per optimizer step over all processes, n * B * k; each process takes an equal share of it and runs it in
+    `itc.bank_steps` micro-batches."""
     steps: int = 1000
     seed: int = 0
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
@@ -116,8 +176,12 @@ class PretrainConfig:
     trackers: tuple[str, ...] = ()
     """Accelerate trackers beside `log.jsonl`, e.g. tensorboard, wandb, trackio."""
 
-    def check(self, num_processes: int) -> None:
-        """Refuses impossible settings before anything is written.
+    def check(self, num_processes: int, gpus_per_node: int = 1) -> BankPlan:
+        """Refuses impossible settings before anything is written, and works out the bank.
+
+        Args:
+            num_processes: n, processes in all, one per GPU.
+            gpus_per_node: those of one node, for `itc.group_nodes`.
 
         Raises:
             ValueError: naming the setting and what to do.
@@ -132,12 +196,6 @@ class PretrainConfig:
         for name in ("batch_size", "steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.batch_size % num_processes:
-            raise ValueError(
-                f"batch_size {self.batch_size} is over all processes and must be a multiple of their number "
-                f"({num_processes}); the nearest are {self.batch_size // num_processes * num_processes} and "
-                f"{(self.batch_size // num_processes + 1) * num_processes}."
-            )
         if self.batch_size < 2:
             raise ValueError("batch_size must be at least 2: with one pair there is nothing to contrast it with.")
         if not 0 <= self.optimizer.warmup_steps <= self.steps:
@@ -146,6 +204,31 @@ class PretrainConfig:
             )
         if self.evaluation.every and not (self.evaluation.scenes or self.evaluation.retrieval):
             raise ValueError("evaluation.every needs data: --evaluation.scenes DIR or --evaluation.retrieval FILES.")
+        if self.checkpoint.every < 0 or self.checkpoint.keep < 1:
+            raise ValueError(
+                "checkpoint.every must be 0 or more and checkpoint.keep 1 or more, got "
+                f"{self.checkpoint.every} and {self.checkpoint.keep}."
+            )
+        return self._check_bank(num_processes, gpus_per_node)
+
+    def _check_bank(self, num_processes: int, gpus_per_node: int) -> BankPlan:
+        itc = self.itc
+        if itc.bank_steps < 1 or not 0 <= itc.retain <= itc.bank_steps:
+            raise ValueError(
+                f"itc.retain must lie in [0, itc.bank_steps], and that be 1 or more, got retain {itc.retain} and "
+                f"bank_steps {itc.bank_steps}."
+            )
+        if itc.tile < 1:
+            raise ValueError(f"itc.tile must be at least 1, got {itc.tile}.")
+        return plan_bank(
+            num_processes,
+            batch_size=self.batch_size,
+            bank_steps=itc.bank_steps,
+            group_size=itc.group_size,
+            group_nodes=itc.group_nodes,
+            bank_size=itc.bank_size,
+            gpus_per_node=gpus_per_node,
+        )
 
 
 def nano() -> PretrainConfig:
@@ -163,16 +246,108 @@ def nano() -> PretrainConfig:
 
 def nano_smoke() -> PretrainConfig:
     """`nano` for a few steps, to see that everything runs."""
-    preset = nano()
+    return _smoke(nano())
+
+
+def base_0_4b() -> PretrainConfig:
+    """The 0.4B model with the settings that the paper gives.
+
+    The paper's: 131,072 pairs per optimizer step and 32,768 per contrastive loss, LAMB with betas 0.9 and 0.98, epsilon
+    1e-6 and weight decay 0.05 (Table 10); 9 B samples in all; the weights 0.3 of both masked losses (section 2);
+    224-pixel images; random resized crop of 0.8 to 1.0 (the official training transform).
+    Ours, because the paper and the official code do not say it, or nobody here has seen it: learning rate, warm-up and
+    decay, clipping of gradients, masking ratios (see `MaskingConfig`), sharding and `bank_steps`; and no flips, because
+    captions say left and right.
+    """
+    return PretrainConfig(
+        size="0.4B",
+        vocab_size=115_244,
+        optimizer=OptimizerConfig(name="lamb", lr=1e-3, warmup_steps=2_000),
+        itc=ITCConfig(bank_size=32_768),
+        checkpoint=CheckpointConfig(every=500, keep=3),
+        resume="auto",
+        data=DataConfig(augment="crop", num_workers=8),
+        batch_size=131_072,
+        steps=_steps_of(PAPER_SAMPLES, 131_072),
+        log_every=20,
+    )
+
+
+def large_1b() -> PretrainConfig:
+    """The 1B model; as `base_0_4b`, with the model and optimizer sharded inside each node."""
+    preset = base_0_4b()
     return dataclasses.replace(
         preset,
+        size="1B",
+        itc=dataclasses.replace(preset.itc, bank_steps=2),
+        sharding=ShardingConfig(strategy="hsdp"),
+        gradient_checkpointing=True,
+    )
+
+
+def huge_10b() -> PretrainConfig:
+    """The 10B model; as `large_1b`, with the 143,360 pairs per optimizer step of Table 10.
+
+    Table 10's 32,768 pairs per loss do not divide 143,360 (4.375). 35,840 pairs, which make four groups, are the
+    nearest that do, and ours.
+    """
+    preset = large_1b()
+    return dataclasses.replace(
+        preset,
+        size="10B",
+        itc=dataclasses.replace(preset.itc, bank_size=35_840, bank_steps=4),
+        batch_size=143_360,
+        steps=_steps_of(PAPER_SAMPLES, 143_360),
+    )
+
+
+def base_0_4b_smoke() -> PretrainConfig:
+    """`base_0_4b` with nano's model, for a few steps."""
+    return _smoke(base_0_4b())
+
+
+def large_1b_smoke() -> PretrainConfig:
+    """`large_1b` with nano's model, for a few steps."""
+    return _smoke(large_1b())
+
+
+def huge_10b_smoke() -> PretrainConfig:
+    """`huge_10b` with nano's model, for a few steps."""
+    return _smoke(huge_10b())
+
+
+def _smoke(preset: PretrainConfig) -> PretrainConfig:
+    """Four steps of nano's model along the code path of a preset, on any even number of CPU processes or on one."""
+    grouped = preset.itc.bank_size is not None
+    return dataclasses.replace(
+        preset,
+        size="nano",
         batch_size=16,
         steps=4,
         vocab_size=500,
         log_every=1,
         optimizer=dataclasses.replace(preset.optimizer, warmup_steps=2),
+        # One GPU per group instead of one bank size: as many groups as processes, and a single process has one.
+        itc=dataclasses.replace(preset.itc, bank_size=None, group_size=1 if grouped else None),
+        checkpoint=dataclasses.replace(preset.checkpoint, every=2 if preset.checkpoint.every else 0),
         data=dataclasses.replace(preset.data, num_workers=0),
     )
 
 
-PRESETS: dict[str, Callable[[], PretrainConfig]] = {"nano": nano, "nano_smoke": nano_smoke}
+def _steps_of(samples: int, batch_size: int) -> int:
+    return -(-samples // batch_size)
+
+
+PRESETS: dict[str, Callable[[], PretrainConfig]] = {
+    preset.__name__: preset
+    for preset in (
+        nano,
+        nano_smoke,
+        base_0_4b,
+        base_0_4b_smoke,
+        large_1b,
+        large_1b_smoke,
+        huge_10b,
+        huge_10b_smoke,
+    )
+}
