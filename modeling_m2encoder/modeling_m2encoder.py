@@ -8,6 +8,7 @@ Shapes: B batch, L tokens of either modality, P patches, D width, E embedding, H
 
 # No `from __future__ import annotations` here: transformers and sentence-transformers read the annotations as classes.
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_m2encoder import POSITION_OFFSET, M2EncoderConfig
+from .inputs_m2encoder import check_kept_patches, check_pixels, check_text, keep_end_of_text
 
 # "vision" is expert A of the official files, "text" is expert B.
 MODALITIES = ("vision", "text")
@@ -128,17 +130,23 @@ class M2EncoderVisionEmbeddings(nn.Module):
         interpolate_pos_encoding: bool = False,
         patch_mask: torch.Tensor | None = None,
         mask_token: torch.Tensor | None = None,
+        kept_patches: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`pixel_values` [B, 3, height, width] -> [B, 1 + P, D]; `mask_token` [1, 1, D] stands in for the patches that
-        are true in `patch_mask` [B, P]."""
+        are true in `patch_mask` [B, P]. With `kept_patches` [B, K] only these are left: [B, 1 + K, D]."""
         height, width = pixel_values.shape[-2:]
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         if patch_mask is not None:
             patches = torch.where(patch_mask.unsqueeze(-1), mask_token.to(patches.dtype), patches)
         hidden_states = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         if interpolate_pos_encoding and (height, width) != (self.config.image_size, self.config.image_size):
-            return hidden_states + self.interpolate_positions(height, width)
-        return hidden_states + self.position_embeddings.weight[POSITION_OFFSET:]
+            hidden_states = hidden_states + self.interpolate_positions(height, width)
+        else:
+            hidden_states = hidden_states + self.position_embeddings.weight[POSITION_OFFSET:]
+        if kept_patches is not None:
+            kept = torch.cat([torch.zeros_like(kept_patches[:, :1]), kept_patches + 1], dim=1)  # [CLS] always
+            hidden_states = hidden_states.gather(1, kept.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
+        return hidden_states
 
 
 # ---- Layers --------------------------------------------------------------------------------------------------------
@@ -236,42 +244,41 @@ class M2EncoderMLP(nn.Module):
         return self.fc2(self.inner_layer_norm(self.activation(self.fc1(hidden_states))))
 
 
-class M2EncoderDropPath(nn.Module):
-    """Stochastic depth: in training, drops a residual branch of a whole sample with probability `rate`."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, branch: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.rate == 0:
-            return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
-        return branch * kept.to(branch.dtype) / (1 - self.rate)
+def drop_path(branch: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
+    """Stochastic depth: in training, drops a residual branch [B, L, D] of a whole sample with probability `rate`."""
+    if not training or rate == 0:
+        return branch
+    kept = torch.rand(len(branch), 1, 1, device=branch.device) >= rate
+    return branch * kept.to(branch.dtype) / (1 - rate)
 
 
 class M2EncoderLayer(GradientCheckpointingLayer):
     """One pre-norm transformer layer with sub-LN; one expert of a multiway layer, or a shared upper layer."""
 
-    def __init__(self, config: M2EncoderConfig, drop_path_rate: float, num_layers: int):
+    def __init__(self, config: M2EncoderConfig, num_layers: int):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = M2EncoderAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = M2EncoderMLP(config)
-        self.drop_path = M2EncoderDropPath(drop_path_rate)
         # MAGNETO section 3: the projections below carry the residual stream's variance, so their initial weights grow
         # with the depth L of their encoder. `_init_weights` reads the factor.
         for projection in (self.self_attn.v_proj, self.self_attn.out_proj, self.mlp.fc1, self.mlp.fc2):
             projection.init_scale = math.sqrt(math.log(2 * num_layers))
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        drop_path_rate: float = 0.0,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """[B, L, D] -> [B, L, D]."""
+        """[B, L, D] -> [B, L, D]. The rate belongs to the depth, not to the weights, which several depths may share in
+        training (`training.schedule.share_layers`)."""
         attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
-        hidden_states = hidden_states + self.drop_path(attended)
-        return hidden_states + self.drop_path(self.mlp(self.layer_norm2(hidden_states)))
+        hidden_states = hidden_states + drop_path(attended, drop_path_rate, self.training)
+        transformed = self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states + drop_path(transformed, drop_path_rate, self.training)
 
 
 class M2EncoderMultiway(nn.ModuleDict):
@@ -302,6 +309,24 @@ class M2EncoderPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": M2EncoderLayer, "attentions": M2EncoderAttention}
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers. Layers that training shares between depths (`training.schedule.share_layers`) are written
+        once for each depth, so that the folder is that of an ordinary model."""
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        if state_dict is None and len(parameters) > len(set(parameters.values())):
+            # safetensors refuses tensors that share memory, and transformers those that no configuration ties.
+            firsts = {name for name, _ in self.named_parameters()}
+            repeated = parameters.keys() - firsts
+            state_dict = self.state_dict()
+            state_dict = {name: value.clone() if name in repeated else value for name, value in state_dict.items()}
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Every parameter must be covered: from_pretrained builds on the meta device, and what is neither in the
@@ -329,15 +354,14 @@ class M2EncoderEncoder(M2EncoderPreTrainedModel):
         if "text" in modalities:
             self.text_embeddings = M2EncoderTextEmbeddings(config)
         depth, upper_depth = config.num_hidden_layers, config.num_upper_layers
-        rates = torch.linspace(0, config.drop_path_rate, depth + upper_depth, device="cpu").tolist()
+        self.drop_path_rates = torch.linspace(0, config.drop_path_rate, depth + upper_depth, device="cpu").tolist()
         self.layers = nn.ModuleList(
-            M2EncoderMultiway(lambda rate=rate: M2EncoderLayer(config, rate, depth), modalities)
-            for rate in rates[:depth]
+            M2EncoderMultiway(lambda: M2EncoderLayer(config, depth), modalities) for _ in range(depth)
         )
         self.layer_norm = M2EncoderMultiway(
             lambda: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps), modalities
         )
-        self.upper_layers = nn.ModuleList(M2EncoderLayer(config, rate, upper_depth) for rate in rates[depth:])
+        self.upper_layers = nn.ModuleList(M2EncoderLayer(config, upper_depth) for _ in range(upper_depth))
         self.upper_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -351,13 +375,17 @@ class M2EncoderEncoder(M2EncoderPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         patch_mask: torch.Tensor | None = None,
         mask_token: torch.Tensor | None = None,
+        kept_patches: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> M2EncoderEncoderOutput:
         """One pass of one modality: either `input_ids` [B, L] with `attention_mask` [B, L], or `pixel_values`, of
-        which pretraining hides the patches in `patch_mask` [B, P] behind `mask_token` [1, 1, D]."""
+        which pretraining hides the patches in `patch_mask` [B, P] behind `mask_token` [1, 1, D], or leaves out all but
+        `kept_patches` [B, K]."""
         if pixel_values is not None:
             modality, padding = "vision", None
-            hidden_states = self.vision_embeddings(pixel_values, interpolate_pos_encoding, patch_mask, mask_token)
+            hidden_states = self.vision_embeddings(
+                pixel_values, interpolate_pos_encoding, patch_mask, mask_token, kept_patches
+            )
         else:
             modality = "text"
             hidden_states = self.text_embeddings(input_ids)
@@ -366,12 +394,13 @@ class M2EncoderEncoder(M2EncoderPreTrainedModel):
         # Padded places are zeroed where each of the two encoders begins, and their keys are masked out in attention.
         if padding is not None:
             hidden_states = hidden_states * padding
+        rates = iter(self.drop_path_rates)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, modality, attention_mask=mask, **kwargs)
+            hidden_states = layer(hidden_states, modality, attention_mask=mask, drop_path_rate=next(rates), **kwargs)
         backbone_hidden_state = self.layer_norm(hidden_states, modality)
         hidden_states = backbone_hidden_state if padding is None else backbone_hidden_state * padding
         for layer in self.upper_layers:
-            hidden_states = layer(hidden_states, attention_mask=mask, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask=mask, drop_path_rate=next(rates), **kwargs)
         return M2EncoderEncoderOutput(
             last_hidden_state=self.upper_layer_norm(hidden_states), backbone_hidden_state=backbone_hidden_state
         )
@@ -408,8 +437,8 @@ class TextFeatures:
         Raises:
             ValueError: for wrong shapes, a mask that hides [CLS] (left padding), or an id outside the vocabulary.
         """
-        _check_text(self.config, input_ids, attention_mask)
-        input_ids, attention_mask = _keep_end_of_text(self.config.max_text_length, input_ids, attention_mask)
+        check_text(self.config, input_ids, attention_mask)
+        input_ids, attention_mask = keep_end_of_text(self.config.max_text_length, input_ids, attention_mask)
         output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         return _pool(output, self.text_projection, getattr(self, "backbone_text_projection", None))
 
@@ -424,7 +453,11 @@ class VisionFeatures:
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        kept_patches: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """
         The embedding of images in `.pooler_output` [B, E], not normalised.
@@ -432,14 +465,22 @@ class VisionFeatures:
         Args:
             pixel_values: [B, 3, height, width], normalised as the image processor does.
             interpolate_pos_encoding: accept another size than `config.image_size` (sides in multiples of the patch
-            size)
-                by resizing the position table.
+                size) by resizing the position table.
+            kept_patches: [B, K] int64, for training: the patches of each image to see, the others are left out (FLIP,
+                arXiv 2212.00794). The class token always stays.
 
         Raises:
             ValueError: for wrong shapes or sizes.
         """
-        _check_pixels(self.config, pixel_values, interpolate_pos_encoding)
-        output = self.encoder(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        check_pixels(self.config, pixel_values, interpolate_pos_encoding)
+        if kept_patches is not None:
+            check_kept_patches(self.config, kept_patches, pixel_values)
+        output = self.encoder(
+            pixel_values=pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            kept_patches=kept_patches,
+            **kwargs,
+        )
         return _pool(output, self.image_projection, getattr(self, "backbone_image_projection", None))
 
 
@@ -465,6 +506,7 @@ class M2EncoderModel(TextFeatures, VisionFeatures, M2EncoderPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
+        kept_patches: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> M2EncoderOutput:
         """
@@ -474,7 +516,7 @@ class M2EncoderModel(TextFeatures, VisionFeatures, M2EncoderPreTrainedModel):
             input_ids, attention_mask: [B_text, L], see `get_text_features`.
             pixel_values: [B_image, 3, height, width], see `get_image_features`.
             return_loss: also give the contrastive loss of this batch, in which row i of the texts describes image i.
-            interpolate_pos_encoding: see `get_image_features`.
+            interpolate_pos_encoding, kept_patches: see `get_image_features`.
 
         Raises:
             ValueError: when neither modality is given, or `return_loss` is asked without as many texts as images.
@@ -488,7 +530,7 @@ class M2EncoderModel(TextFeatures, VisionFeatures, M2EncoderPreTrainedModel):
             output.text_embeds = _normalize(text.pooler_output)
             output.backbone_text_embeds = _normalize(text.backbone_pooler_output)
         if pixel_values is not None:
-            image = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+            image = self.get_image_features(pixel_values, interpolate_pos_encoding, kept_patches, **kwargs)
             output.vision_model_output = image
             output.image_embeds = _normalize(image.pooler_output)
             output.backbone_image_embeds = _normalize(image.backbone_pooler_output)
@@ -599,75 +641,6 @@ def _contrastive_loss(logits_per_image: torch.Tensor | None) -> torch.Tensor:
     per_image = nn.functional.cross_entropy(logits_per_image.float(), target)
     per_text = nn.functional.cross_entropy(logits_per_image.float().t(), target)
     return (per_image + per_text) / 2
-
-
-def _keep_end_of_text(
-    limit: int, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cuts rows to `limit` tokens as the tokenizer would: [CLS] stays, the beginning goes, the end stays.
-
-    The stock zero-shot pipeline never truncates, so that the model has to.
-    """
-    if input_ids.shape[1] <= limit:
-        return input_ids, attention_mask
-    if attention_mask is None:
-        return torch.cat([input_ids[:, :1], input_ids[:, 1 - limit :]], dim=1), None
-    lengths = attention_mask.long().sum(dim=1, keepdim=True)
-    first = (lengths - (limit - 1)).clamp(min=1)
-    kept = first + torch.arange(limit - 1, device=input_ids.device)
-    kept = torch.cat([torch.zeros_like(first), kept], dim=1)
-    return input_ids.gather(1, kept), attention_mask.gather(1, kept)
-
-
-def _check_text(config: M2EncoderConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must have the shape [batch, tokens], got {tuple(input_ids.shape)}.")
-    if input_ids.is_floating_point():
-        raise ValueError(f"input_ids must be integers, got {input_ids.dtype}.")
-    if input_ids.shape[1] == 0:
-        raise ValueError("input_ids has no tokens: even an empty text is [CLS] and the end token.")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, "
-            f"got {tuple(attention_mask.shape)}."
-        )
-    # Reading values would stall an accelerator and cannot be traced; on the CPU it is free.
-    if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or input_ids.numel() == 0:
-        return
-    if attention_mask is not None and not bool(attention_mask[:, 0].all()):
-        raise ValueError(
-            "attention_mask hides the first token of a row, but the embedding is read at [CLS], which comes first: "
-            "pad on the right (tokenizer.padding_side = 'right')."
-        )
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= config.vocab_size:
-        raise ValueError(
-            f"input_ids must lie in [0, {config.vocab_size - 1}], got {low if low < 0 else high}: "
-            "was the text tokenised with another model's tokenizer?"
-        )
-
-
-def _check_pixels(config: M2EncoderConfig, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> None:
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
-        raise ValueError(
-            f"pixel_values must have the shape [batch, {config.num_channels}, height, width], "
-            f"got {tuple(pixel_values.shape)}."
-        )
-    if not pixel_values.is_floating_point():
-        raise ValueError(
-            f"pixel_values must be the floating-point output of the image processor, got {pixel_values.dtype}."
-        )
-    height, width = pixel_values.shape[-2:]
-    if interpolate_pos_encoding:
-        if height < 1 or width < 1 or height % config.patch_size or width % config.patch_size:
-            raise ValueError(
-                f"Image sides must be multiples of the patch size {config.patch_size}, got {height} x {width}."
-            )
-    elif (height, width) != (config.image_size, config.image_size):
-        raise ValueError(
-            f"This model takes images of {config.image_size} x {config.image_size} pixels, got {height} x {width}. "
-            "Use the image processor of the checkpoint, or pass interpolate_pos_encoding=True."
-        )
 
 
 __all__ = [

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
 from .configuration_m2encoder import M2EncoderConfig
+from .inputs_m2encoder import count_patches
 from .modeling_m2encoder import (
     M2EncoderAttention,
     M2EncoderMLP,
@@ -336,6 +337,7 @@ class M2EncoderForPreTraining(M2EncoderModel):
         patch_mask: torch.Tensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
+        kept_patches: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> M2EncoderForPreTrainingOutput:
         """
@@ -360,6 +362,9 @@ class M2EncoderForPreTraining(M2EncoderModel):
             text_mask: [B, L] bool, true for tokens to mask (`training.masking.mask_text`); none of them padding.
             patch_mask: [B, P] bool, true for patches to mask (`training.masking.mask_patches`).
             return_loss, interpolate_pos_encoding: see `M2EncoderModel.forward`.
+            kept_patches: see `get_image_features`. Only the first pass drops the others: the contrastive features and
+                what CMLM's decoder sees of the image come from the kept patches, while CMIM's pass holds all P places,
+                because it predicts those in `patch_mask` whether or not the first pass has seen them.
 
         Raises:
             ValueError: for masks of another shape or dtype, without the other modality, on padding, or without a
@@ -371,6 +376,7 @@ class M2EncoderForPreTraining(M2EncoderModel):
             attention_mask=attention_mask,
             return_loss=return_loss,
             interpolate_pos_encoding=interpolate_pos_encoding,
+            kept_patches=kept_patches,
             return_dict=True,
             **kwargs,
         )
@@ -392,7 +398,7 @@ class M2EncoderForPreTraining(M2EncoderModel):
                 states[text_mask], heads.text_head.weight, heads.text_head.bias, input_ids[text_mask].long()
             )
         if patch_mask is not None:
-            _check_mask("patch_mask", patch_mask, (len(image_states), image_states.shape[1] - 1))
+            _check_mask("patch_mask", patch_mask, (len(pixel_values), count_patches(self.config, pixel_values)))
             states = self.encoder(
                 pixel_values=pixel_values,
                 interpolate_pos_encoding=interpolate_pos_encoding,

@@ -1,8 +1,9 @@
-"""Which tokens and which patches pretraining hides. Tested by `pytest tests/training/test_masking.py`.
+"""Which tokens and patches pretraining hides, and which patches it drops. Tested by `pytest
+tests/training/test_masking.py`.
 
 Pure functions of their arguments and a `torch.Generator`: the same state of the generator gives the same masks.
 
-Shapes: B batch, L text tokens, P patches, V vocabulary.
+Shapes: B batch, L text tokens, P patches, K kept patches, V vocabulary.
 """
 
 from __future__ import annotations
@@ -151,20 +152,42 @@ def mask_patches(batch_size: int, num_patches: int, ratio: float, *, generator: 
     return draws.argsort(dim=1).argsort(dim=1) < hidden
 
 
+def keep_patches(batch_size: int, num_patches: int, drop_ratio: float, *, generator: torch.Generator) -> Tensor:
+    """The patches that FLIP's dropping (arXiv 2212.00794) leaves of each image: [B, K] int64, rising, on the CPU.
+
+    K = P - `drop_ratio` * P, rounded, of every image, drawn at random. The class token is not counted; it always stays.
+
+    Raises:
+        ValueError: for a ratio outside [0, 1), one that would keep no patch, or no image.
+    """
+    dropped = round(drop_ratio * num_patches) if 0 <= drop_ratio < 1 else num_patches
+    if batch_size < 1 or dropped >= num_patches:
+        raise ValueError(
+            f"Expected batch_size >= 1 and a drop_ratio in [0, 1) that keeps one of num_patches, got {batch_size=}, "
+            f"{num_patches=} and {drop_ratio=}."
+        )
+    draws = torch.rand(batch_size, num_patches, generator=generator)
+    return draws.argsort(dim=1)[:, dropped:].sort(dim=1).values
+
+
 @dataclass(frozen=True)
 class Masker:
-    """The masks of a batch, each row's from its own generator: the same on however many processes."""
+    """The masks of a batch, each row's from its own generator: the same on however many processes, and drawn before the
+    model runs, so that a bank that runs a micro-batch twice hides and drops the same twice."""
 
     config: MaskingConfig
     vocabulary: Vocabulary | None
     """None: no text is masked."""
     num_patches: int
-    """Patches of an image; 0: no image is masked."""
+    """Patches of an image; 0: images are left alone."""
+    masks_images: bool = True
+    drop_patches: float = 0.0
+    """Part of the patches that the contrastive features do without (`training.schedule`)."""
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor, generators: Sequence[np.random.Generator]
     ) -> dict[str, Tensor]:
-        """`text_mask` [B, L] and `patch_mask` [B, P], bool, as far as they are asked for.
+        """`text_mask` [B, L] and `patch_mask` [B, P], bool, and `kept_patches` [B, K], as far as they are asked for.
 
         A text of nothing but special tokens keeps them all.
         """
@@ -183,7 +206,7 @@ class Masker:
                     generator=torch.Generator().manual_seed(seeds[row]),
                 )[0]
             masks["text_mask"] = text_mask
-        if self.num_patches:
+        if self.num_patches and self.masks_images:
             rows = [
                 mask_patches(
                     1, self.num_patches, self.config.image_ratio, generator=torch.Generator().manual_seed(seed)
@@ -191,6 +214,15 @@ class Masker:
                 for seed in seeds
             ]
             masks["patch_mask"] = torch.cat(rows)
+        if self.num_patches and self.drop_patches:
+            # Another seed than the mask's, or the dropped patches would always be among the masked ones.
+            rows = [
+                keep_patches(
+                    1, self.num_patches, self.drop_patches, generator=torch.Generator().manual_seed(seed + 2**63)
+                )
+                for seed in seeds
+            ]
+            masks["kept_patches"] = torch.cat(rows)
         return masks
 
 

@@ -57,6 +57,7 @@ def test_what_lies_in_it(hub):
         "config_sentence_transformers.json",
         "1_Normalize/config.json",
         "configuration_m2encoder.py",
+        "inputs_m2encoder.py",
         "modeling_m2encoder.py",
         "modeling_m2encoder_pretraining.py",
         "image_processing_m2encoder.py",
