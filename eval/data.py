@@ -1,8 +1,19 @@
-"""Rows of local parquet files: columns by name, images that say where they came from, captions in either form."""
+"""Rows of a benchmark: columns by name, images that say where they came from, captions in either form.
+
+    table = open_table(["photos-*.parquet"])
+    tables = open_data(task.data, task.columns, "downloads/flickr30k")  # without a source: from the Hub
+
+Everything is loaded through `datasets`: parquet, WebDataset tars, and JSON lines that name image files. No data set's
+own code is ever run (`datasets` 5 refuses loading scripts).
+"""
 
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -11,17 +22,25 @@ from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
+from huggingface_hub import HfApi
 from PIL import Image
+
+from .tasks import Columns, Data
+
+SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar", "jsonl": ".jsonl", "built": ".parquet", "scenes": ".parquet"}
+BUILDERS = {"parquet": "parquet", "webdataset": "webdataset", "jsonl": "json", "built": "parquet", "scenes": "parquet"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one or more parquet files with one schema, memory-mapped, in the order of the files."""
+    """Rows of one or more files with one schema, memory-mapped, in the order of the files."""
 
     files: tuple[str, ...]
     rows: datasets.Dataset
     picked: tuple[int, ...] | None = None
     """Which rows of the files these are, if not all."""
+    revision: str | None = None
+    """The commit of the data set, where it is known."""
 
     def limited(self, limit: int | None) -> Table:
         """At most `limit` rows, evenly spaced, since files are often sorted by class; all of them without a limit.
@@ -33,8 +52,25 @@ class Table:
             raise ValueError(f"limit must be at least 1, not {limit}.")
         if limit is None or limit >= len(self):
             return self
-        picked = tuple(i * len(self) // limit for i in range(limit))
-        return replace(self, rows=self.rows.select(picked), picked=picked)
+        return self.select([i * len(self) // limit for i in range(limit)])
+
+    def select(self, rows: Sequence[int]) -> Table:
+        """These rows, in this order."""
+        picked = tuple(rows if self.picked is None else (self.picked[row] for row in rows))
+        return replace(self, rows=self.rows.select(rows), picked=picked)
+
+    def of_split(self, split: str, column: str) -> Table:
+        """The rows whose `column` says `split`.
+
+        Raises:
+            ValueError: where there is no such column, or no such row; the message lists the splits that there are.
+        """
+        splits = self.column(column)
+        rows = [row for row, value in enumerate(splits) if value == split]
+        if not rows:
+            seen = ", ".join(f"{name} ({count} rows)" for name, count in Counter(map(str, splits)).items())
+            raise ValueError(f"No split {split!r} in column {column!r} of {_shown(self.files)}; it holds: {seen}.")
+        return self if len(rows) == len(self) else self.select(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,7 +117,14 @@ class Table:
 
     def locate(self, row: int) -> str:
         """Where a row stands on disk, for messages: "row 3 of a/b.parquet", counted from 0 within its file."""
+        if "__key__" in self.rows.column_names and "__url__" in self.rows.column_names:
+            sample = self.rows.select_columns(["__key__", "__url__"])[row]
+            return f"sample {sample['__key__']} of {sample['__url__']}"
         row = row if self.picked is None else self.picked[row]
+        if len(self.files) == 1:
+            return f"row {row} of {self.files[0]}"
+        if not all(file.endswith(".parquet") and Path(file).is_file() for file in self.files):
+            return f"row {row} of {_shown(self.files)}"
         for file in self.files:
             length = pq.read_metadata(file).num_rows
             if row < length:
@@ -99,7 +142,146 @@ def open_table(sources: Sequence[str | Path]) -> Table:
     """
     if not sources:
         raise ValueError("No parquet files were given.")
-    files = [file for source in sources for file in _expand(str(source))]
+    return _load_parquet([file for source in sources for file in _expand(str(source))])
+
+
+def open_data(data: Data, columns: Columns, source: str | Path | None = None) -> dict[str, Table]:
+    """The rows of a benchmark, of its split: one table for all languages under "", or one per language.
+
+    Args:
+        source: a file, glob pattern or folder; the folder's files are those that match `data.files`. Without one the
+            data set is loaded from the Hub, at its pinned revision or at the newest.
+
+    Raises:
+        ValueError: for data that cannot be found, downloaded or read, or a split that they lack.
+    """
+    patterns = data.files if isinstance(data.files, dict) else {"": data.files}
+    if source is None and data.id is None:
+        raise ValueError(f"These data are not on the Hub. To get them: {data.obtain or 'see the task file'}.")
+    revision = hub_revision(data) if source is None else None
+    tables = {}
+    for language, pattern in patterns.items():
+        if source is not None:
+            table = _open_local(data, columns, source, pattern)
+        else:
+            table = _load(data.format, [f"hf://datasets/{data.id}@{revision}/{pattern}"], revision=revision)
+        tables[language] = table if columns.split is None else table.of_split(data.split, columns.split)
+    return tables
+
+
+def hub_revision(data: Data) -> str:
+    """The commit that is loaded from the Hub: the pinned one, or else the newest at this moment.
+
+    Raises:
+        ValueError: where the Hub does not answer or does not know the data set.
+    """
+    if data.revision is not None:
+        return data.revision
+    try:
+        return HfApi().dataset_info(str(data.id)).sha
+    except Exception as error:  # httpx, the Hub's own, offline mode: all of them end this task and no other
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(
+            f"The Hub says nothing of the data set {data.id} ({said}). Offline, name a folder with --data."
+        ) from error
+
+
+def local_revision(files: Sequence[str]) -> str | None:
+    """The commit that local files were downloaded at, as the Hub's own tools note it: in the name of the cache's
+    snapshot folder, or in the metadata that `hf download --local-dir` leaves. None where neither is there; several
+    commits are joined by a plus sign."""
+    found = set()
+    for file in files:
+        snapshot = re.search(r"/snapshots/([0-9a-f]{40})/", str(Path(file).absolute()))
+        if snapshot:
+            found.add(snapshot[1])
+            continue
+        path = Path(file).absolute()
+        for folder in path.parents:
+            notes = folder / ".cache" / "huggingface" / "download" / f"{path.relative_to(folder)}.metadata"
+            if notes.is_file():
+                found.add(notes.read_text(encoding="utf-8").partition("\n")[0].strip())
+                break
+    return "+".join(sorted(found)) or None
+
+
+def fingerprint(table: Table) -> str:
+    """Changes when the files or the choice of rows change: from the names, sizes and times of local files, and from the
+    addresses of those on the Hub, which hold the commit."""
+    seen = []
+    for file in table.files:
+        path = Path(file)
+        state = path.stat() if path.is_file() else None
+        seen.append([path.name, state.st_size, state.st_mtime_ns] if state else [file])
+    return hashlib.sha256(json.dumps([seen, table.picked]).encode()).hexdigest()[:32]
+
+
+def caption_list(value: str | Sequence[str | None] | None, separator: str | None = None) -> list[str]:
+    """The captions of one cell, which holds one string, a list of strings, or nothing; blank ones are left out.
+
+    Args:
+        separator: what parts several captions in one string.
+    """
+    captions = [value] if isinstance(value, str) else list(value or ())
+    if separator is not None:
+        captions = [part for caption in captions if caption for part in caption.split(separator)]
+    return [caption for caption in captions if caption and caption.strip()]
+
+
+def _open_local(data: Data, columns: Columns, source: str | Path, pattern: str) -> Table:
+    path = Path(source)
+    if path.is_dir():
+        # Downloaded by hand, the files may lie in the folder itself.
+        found = sorted(glob.glob(str(path / pattern))) or sorted(glob.glob(str(path / Path(pattern).name)))
+        suffix = SUFFIXES[data.format]
+        files = [file for file in found if file.endswith(suffix)]
+        if not files:
+            there = sorted(str(item.relative_to(path)) for item in path.rglob("*") if item.is_file())[:20]
+            raise ValueError(
+                f"No {suffix} file matches {pattern} in {path} (split {data.split!r}); there is: "
+                f"{', '.join(there) or 'nothing'}."
+            )
+    else:
+        files = _expand(str(source))
+    revision = local_revision(files)
+    if BUILDERS[data.format] == "parquet":
+        return replace(_load_parquet(files), revision=revision)
+    table = replace(_load(data.format, [glob.escape(file) for file in files], tuple(files)), revision=revision)
+    if data.format == "jsonl":
+        root = path if path.is_dir() else Path(files[0]).parent
+        return replace(table, rows=_image_files(table, columns.image, root))
+    return table
+
+
+def _image_files(table: Table, column: str, root: Path) -> datasets.Dataset:
+    """Rows that name image files, with the image column as `datasets` writes it. A data set from elsewhere must not
+    make us open files outside its folder."""
+    cells = []
+    for row, name in enumerate(table.column(column)):
+        if not isinstance(name, str) or not (root / name).resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"{table.locate(row)} must name an image file below {root}, not {name!r}.")
+        cells.append({"bytes": None, "path": str(root / name)})
+    feature = datasets.Image(decode=False)
+    return table.rows.remove_columns(column).add_column(column, cells, feature=feature)
+
+
+def _load(kind: str, patterns: list[str], files: tuple[str, ...] = (), revision: str | None = None) -> Table:
+    """Any format through `datasets`, images left encoded."""
+    try:
+        # "train" is what `datasets` calls the rows of plain files, whatever they are for.
+        rows = datasets.load_dataset(BUILDERS[kind], data_files=patterns, split="train")
+    # A damaged archive, a line that is no JSON, no network, a file that is not there: each library has its own.
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"{_shown(files or patterns)} cannot be read as {kind}: {type(cause).__name__}: {str(cause)[:300]}"
+        ) from error
+    if not len(rows):
+        raise ValueError(f"{_shown(files or patterns)} holds no rows.")
+    return Table(files or tuple(patterns), _encoded(rows), revision=revision)
+
+
+def _load_parquet(files: list[str]) -> Table:
     columns = {file: _column_names(file) for file in files}
     for file in files:
         if columns[file] != columns[files[0]]:
@@ -107,21 +289,16 @@ def open_table(sources: Sequence[str | Path]) -> Table:
                 f"{file} has the columns {', '.join(columns[file])}, but {files[0]} has "
                 f"{', '.join(columns[files[0]])}: evaluate them separately."
             )
-    # "train" is what `datasets` calls the rows of plain files, whatever they are for.
     if not sum(pq.read_metadata(file).num_rows for file in files):
         raise ValueError(f"{_shown(files)} holds no rows.")
-    patterns = [glob.escape(file) for file in files]
-    rows = datasets.load_dataset("parquet", data_files=patterns, split="train")
+    return _load("parquet", [glob.escape(file) for file in files], files=tuple(files))
+
+
+def _encoded(rows: datasets.Dataset) -> datasets.Dataset:
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-    return Table(tuple(files), rows)
-
-
-def caption_list(value: str | Sequence[str | None] | None) -> list[str]:
-    """The captions of one cell, which holds one string, a list of strings, or nothing; blank ones are left out."""
-    captions = [value] if isinstance(value, str) else list(value or ())
-    return [caption for caption in captions if caption and caption.strip()]
+    return rows
 
 
 def _expand(source: str) -> list[str]:
