@@ -19,8 +19,6 @@ from modeling_m2encoder import M2EncoderConfig, M2EncoderModel
 from .bank import BankPlan
 from .configs import ObjectiveConfig
 
-TILE = 1024
-"""Rows and columns of the logits that `grouped_itc_loss` holds at a time."""
 _VOCABULARY_CHUNK = 256  # rows of logits at a time in `masked_language_loss`
 
 
@@ -34,8 +32,9 @@ def memory_estimate(
     *,
     strategy: str,
     shard_size: int,
-    gpus_per_node: int,
+    second_shard_size: int | None,
     retain: int,
+    tile: int,
     gradient_checkpointing: bool,
     itemsize: int,
 ) -> dict[str, float]:
@@ -45,6 +44,15 @@ def memory_estimate(
     allocator loses to fragmentation, and CUDA's and NCCL's own memory (a few GB).
 
     Args:
+        model: see `training.preflight.plan`.
+        objective: which losses count.
+        bank: the groups and batches.
+        strategy: as in `training.sharding`.
+        shard_size: s.
+        second_shard_size: GPUs that share the parameters between forward and backward (hpz); None for the others.
+        retain: micro-batches whose graphs are kept.
+        tile: rows and columns of the logits at a time.
+        gradient_checkpointing: see `activation_bytes`.
         itemsize: bytes of one number in the compute dtype: 2 for bf16, 4 for fp32.
     """
     total = sum(p.numel() for p in model.parameters())
@@ -59,19 +67,25 @@ def memory_estimate(
     if strategy == "ddp":
         memory["parameters cast for compute"] = float(cast * total)
     else:
-        sizes = [_size(block) for block in _blocks(model)]
-        block, rest = max(sizes), total - sum(sizes)
-        # The root's parameters stay whole during a step; of the blocks, the running one and the next. Gradients exist
-        # whole for one block, in the compute dtype and as the input of the reduce-scatter.
-        memory["gathered parameters and gradients"] = float(rest * (2 * itemsize + 4) + block * (3 * itemsize + 4))
+        blocks = [sum(p.numel() for p in block.parameters()) for block in _blocks(model)]
+        root = total - sum(blocks)
+        # A block's parameters exist whole while it runs, beside those of the next, which are on their way, and of the
+        # root; its gradients in the compute dtype, and in fp32 where they enter the reduce-scatter.
+        memory["gathered parameters and gradients"] = float((root + max(blocks)) * (2 * itemsize + 4))
+        memory["gathered parameters and gradients"] += float(max(blocks) * itemsize)
+        if second_shard_size is not None:
+            memory["second shards of the parameters"] = itemsize * sum(blocks) / second_shard_size
     if strategy == "hsdp" and bank.bank_steps > 1:
         memory["gradients not yet reduced (fp32)"] = 4 * trainable / shard_size
-    if strategy == "hpz":
-        memory["second shards inside the node"] = itemsize * total / gpus_per_node
     memory["activations"] = float(
         max(retain, 1)
         * activation_bytes(
-            config, objective, bank.batch_per_gpu, itemsize=itemsize, gradient_checkpointing=gradient_checkpointing
+            config,
+            objective,
+            bank.batch_per_gpu,
+            itemsize=itemsize,
+            norms_in_fp32=strategy == "ddp" and itemsize == 2,
+            gradient_checkpointing=gradient_checkpointing,
         )
     )
     if objective.cmlm_weight:
@@ -81,7 +95,7 @@ def memory_estimate(
     width = 2 * config.projection_dim  # image beside text
     # The bank's own rows: as they came, in one piece, as the loss's leaves, and their gradients in fp32.
     memory["features, gathered and own"] = float(bank.bank_size * width * itemsize + b * width * (3 * itemsize + 4))
-    rows, columns = min(TILE, b), min(TILE, bank.bank_size)
+    rows, columns = min(tile, b), min(tile, bank.bank_size)
     memory["tiles of the loss"] = float(4 * rows * columns * 4 + 4 * (rows + columns) * config.projection_dim)
     return memory
 
@@ -92,24 +106,29 @@ def activation_bytes(
     batch_size: int,
     *,
     itemsize: int = 2,
+    norms_in_fp32: bool = False,
     gradient_checkpointing: bool = False,
 ) -> int:
     """Bytes that autograd keeps of one micro-batch, between its forward and its backward.
 
     Counted from the layers of `modeling_m2encoder`, with fused attention (no [L, L] matrix) and without dropout. A
     pre-norm layer with sub-LN keeps, per token, 9 D: its input, both norms' outputs, query, key, value, what attention
-    gave, its inner norm's output, and the second residual; and 3 I: around the activation and the inner norm. Where
-    autocast runs the norms in fp32 (DDP on a GPU) up to a third more. Texts are taken as `max_text_length` long.
+    gave, its inner norm's output, and the second residual; and 3 I: around the activation and the inner norm. Texts
+    are taken as `max_text_length` long.
 
     Args:
         batch_size: B.
         itemsize: bytes of one number in the compute dtype.
+        norms_in_fp32: as autocast on a GPU has it (ddp): residuals and the norms' inputs are fp32 beside bf16, which
+            makes 13 D and 4 I of bf16 numbers.
         gradient_checkpointing: only the layers' inputs are kept, and all of the layer that is being computed again.
     """
     d, i = config.hidden_size, config.intermediate_size
     image, text = 1 + config.num_patches, config.max_text_length
     layers = config.num_hidden_layers + config.num_upper_layers
-    encoder_layer = 9 * d + 3 * i
+    residual = 2 if norms_in_fp32 else 1
+    encoder_layer = (13 * d + 4 * i) if norms_in_fp32 else (9 * d + 3 * i)
+    crossing = (8 if norms_in_fp32 else 5) * d
     # What every pass of a modality runs: the whole input, and the masked one where that loss counts.
     tokens = image * (2 if objective.cmim_weight else 1) + text * (2 if objective.cmlm_weight else 1)
     decoded = image * bool(objective.cmim_weight) + text * bool(objective.cmlm_weight)
@@ -118,23 +137,20 @@ def activation_bytes(
     if config.decoder_context == "cls":
         context = bool(objective.cmim_weight) + bool(objective.cmlm_weight)
     if gradient_checkpointing:
-        kept = tokens * layers * d + decoded * config.num_decoder_layers * d + max(image, text) * encoder_layer
+        inputs = tokens * layers + decoded * config.num_decoder_layers
+        kept = inputs * residual * d + max(image, text) * (encoder_layer + crossing * bool(decoded))
     else:
         kept = tokens * layers * encoder_layer
-        kept += config.num_decoder_layers * (decoded * (encoder_layer + 5 * d) + context * 2 * d)
+        kept += config.num_decoder_layers * (decoded * (encoder_layer + crossing) + context * 2 * d)
     # The embedding's output, the two final norms (input and output each), and the decoders' final norm and pixels.
-    kept += tokens * 4 * d + decoded * 2 * d
+    kept += (tokens * 4 + decoded * 2) * residual * d
     return batch_size * kept * itemsize
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers that are sharded one by one; everything else belongs to the root."""
-    names = {"M2EncoderLayer", "M2EncoderDecoderLayer"}
+def _blocks(model: M2EncoderModel) -> list[nn.Module]:
+    """The modules that `training.sharding` shards one by one; everything else belongs to the root."""
+    names = set(model._no_split_modules)
     return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 # ---- Bytes on the wire ---------------------------------------------------------------------------------------------
@@ -171,6 +187,7 @@ def parameter_traffic(
     *,
     strategy: str,
     shard_size: int,
+    second_shard_size: int | None,
     bank_steps: int,
     retain: int,
     itemsize: int,
@@ -188,13 +205,13 @@ def parameter_traffic(
         return (_ring("gradients", whole, world_size, gpus_per_node, gpus_per_node),)
     part = (shard_size - 1) / shard_size * parameters
     traffic = []
-    if strategy == "hpz":
-        # Forwards gather over the world; backwards inside the node, where forward left a second set of shards.
-        traffic.append(
-            _ring("parameters, forward", part * itemsize * (gathers - bank_steps), shard_size, local, gpus_per_node)
-        )
-        inside = (gpus_per_node - 1) / gpus_per_node * parameters * itemsize * bank_steps
-        traffic.append(_ring("parameters, backward", inside, gpus_per_node, gpus_per_node, gpus_per_node))
+    if second_shard_size is not None:
+        # Forwards gather over the world; backwards where forward left a second set of shards.
+        forward = part * itemsize * (gathers - bank_steps)
+        traffic.append(_ring("parameters, forward", forward, shard_size, local, gpus_per_node))
+        backward = (second_shard_size - 1) / second_shard_size * parameters * itemsize * bank_steps
+        near = min(second_shard_size, gpus_per_node)
+        traffic.append(_ring("parameters, backward", backward, second_shard_size, near, gpus_per_node))
     else:
         traffic.append(_ring("parameters", part * itemsize * gathers, shard_size, local, gpus_per_node))
     traffic.append(_ring("gradients, reduce-scatter", part * 4 * bank_steps, shard_size, local, gpus_per_node))

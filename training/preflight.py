@@ -14,16 +14,15 @@ from dataclasses import dataclass
 import torch
 import tyro
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from modeling_m2encoder import M2EncoderConfig, M2EncoderForPreTraining, M2EncoderModel
 
 from .bank import BankPlan, plan_bank
-from .configs import PRESETS, PretrainConfig
+from .configs import PAPER_SAMPLES, PRESETS, PretrainConfig
 from .cost_model import Traffic, itc_traffic, memory_estimate, parameter_traffic
+from .sharding import ShardingConfig, Strategy
 
-PAPER_SAMPLES = 9_000_000_000
-"""Pairs that the paper's models see (section 3.1)."""
 _GB = 1e9
 
 
@@ -124,11 +123,12 @@ def plan(
         bank_steps=itc.bank_steps,
         group_size=itc.group_size,
         group_nodes=itc.group_nodes,
+        bank_size=itc.bank_size,
         gpus_per_node=gpus_per_node,
     )
     if not 0 <= itc.retain <= itc.bank_steps:
         raise ValueError(f"itc.retain must lie in [0, bank_steps = {itc.bank_steps}], got {itc.retain}.")
-    shard_size = _shard_size(sharding.strategy, sharding.shard_size, world_size, gpus_per_node)
+    shard_size, second_shard_size = _shard_sizes(sharding.strategy, sharding.shard_size, world_size, gpus_per_node)
     model = model if model is not None else build_on_meta(config)
     if compute_dtype is None:
         compute_dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
@@ -138,8 +138,9 @@ def plan(
         bank,
         strategy=sharding.strategy,
         shard_size=shard_size,
-        gpus_per_node=gpus_per_node,
+        second_shard_size=second_shard_size,
         retain=itc.retain,
+        tile=itc.tile,
         gradient_checkpointing=config.gradient_checkpointing,
         itemsize=compute_dtype.itemsize,
     )
@@ -163,6 +164,7 @@ def plan(
                 gpus_per_node,
                 strategy=sharding.strategy,
                 shard_size=shard_size,
+                second_shard_size=second_shard_size,
                 bank_steps=itc.bank_steps,
                 retain=itc.retain,
                 itemsize=compute_dtype.itemsize,
@@ -180,9 +182,10 @@ def build_on_meta(config: PretrainConfig) -> M2EncoderModel:
     if config.init_from:
         model_config = AutoConfig.from_pretrained(config.init_from)
     else:
-        # As the loop does: without a tokenizer one of `vocab_size` entries is learned; nano has no other.
-        own = {} if config.tokenizer else {"vocab_size": config.vocab_size}
-        model_config = M2EncoderConfig.from_size(config.size, **(own if config.size == "nano" else {}))
+        vocab_size = len(AutoTokenizer.from_pretrained(config.tokenizer)) if config.tokenizer else config.vocab_size
+        model_config = M2EncoderConfig.from_size(
+            config.size, vocab_size=vocab_size, decoder_context=config.objective.decoder_context
+        )
     with torch.device("meta"):
         return (M2EncoderForPreTraining if config.objective.masks else M2EncoderModel)(model_config)
 
@@ -190,23 +193,12 @@ def build_on_meta(config: PretrainConfig) -> M2EncoderModel:
 # ---- Checks --------------------------------------------------------------------------------------------------------
 
 
-def _shard_size(strategy: str, given: int | None, world_size: int, gpus_per_node: int) -> int:
-    """s of a strategy: 1 for ddp, the world for fsdp and hpz, a node for hsdp unless given."""
-    if strategy == "ddp":
-        return 1
-    if strategy in ("fsdp", "hpz"):
-        return world_size
-    if strategy != "hsdp":
-        raise ValueError(f"Unknown sharding strategy {strategy!r}: choose ddp, fsdp, hsdp or hpz.")
-    size = gpus_per_node if given is None else given
-    if size < 1 or world_size % size:
-        legal = [s for s in range(1, world_size + 1) if world_size % s == 0]
-        near = [*[s for s in legal if s < size][-1:], *[s for s in legal if s > size][:1]]
-        raise ValueError(
-            f"sharding.shard_size {size} does not divide the {world_size} GPUs into equal copies; nearest: "
-            f"{' and '.join(map(str, near))}."
-        )
-    return size
+def _shard_sizes(strategy: Strategy, given: int | None, world_size: int, gpus_per_node: int) -> tuple[int, int | None]:
+    """s, and for hpz the GPUs that share the parameters between forward and backward; a node unless given."""
+    if given is None and strategy in ("hsdp", "hpz"):
+        given = gpus_per_node  # LOCAL_WORLD_SIZE of the run, which need not be that of this process
+    size = ShardingConfig(strategy, given).check(world_size)
+    return (world_size, size) if strategy == "hpz" else (size, None)
 
 
 def _notes(
