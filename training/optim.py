@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
 from torch.optim import AdamW, Optimizer
 
 # Learned positions and tokens that are parameters of their own rather than rows of an nn.Embedding.
@@ -73,6 +78,9 @@ class Lamb(Optimizer):
     decay 0 (biases, norms, ...) take the plain Adam step with trust ratio 1, as NVLAMB and timm have it. Gradients are
     not clipped here.
 
+    Sharded parameters (DTensors) move as whole ones do: the norms are those of whole parameters, all of them from one
+    all-reduce per step and sharded mesh dimension. (ZeRO optimizers with LAMB often take norms of each rank's part.)
+
     Args:
         params: parameters or groups of them, see `parameter_groups`.
         lr: learning rate, >= 0.
@@ -99,10 +107,26 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        adapted, updates, rates = [], [], []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, [self._state_of(p) for p in params], group)
+            if not params:
+                continue
+            update = self._adam_update(params, [self._state_of(p) for p in params], group)
+            if group["weight_decay"]:
+                adapted += params
+                updates += update
+                rates += [group["lr"]] * len(params)
+            else:
+                torch._foreach_add_(_local(params), update, alpha=-group["lr"])
+        if adapted:
+            # After the loop, so that the norms of all groups travel together.
+            norms = global_norms([*adapted, *adapted], [*_local(adapted), *updates])
+            weight, update = norms.chunk(2)
+            ratios = torch.where((weight > 0) & (update > 0), weight / update, 1.0)
+            factors = ratios * -ratios.new_tensor(rates)
+            torch._foreach_mul_(updates, list(factors.unbind()))
+            torch._foreach_add_(_local(adapted), updates)
         return loss
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -118,10 +142,11 @@ class Lamb(Optimizer):
         return state
 
     @staticmethod
-    def _update(params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
+    def _adam_update(params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> list[Tensor]:
+        """u of each parameter, as far as this rank holds it; elementwise, so that shards need not know each other."""
         beta1, beta2 = group["betas"]
-        grads = [p.grad for p in params]
-        first, second = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+        grads = _local([p.grad for p in params])
+        first, second = (_local([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
         steps = [state["step"].item() for state in states]
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)
@@ -133,23 +158,46 @@ class Lamb(Optimizer):
         update = torch._foreach_div(first, denominator)
         torch._foreach_div_(update, [1 - beta1**step for step in steps])
         if group["weight_decay"]:
-            torch._foreach_add_(update, params, alpha=group["weight_decay"])
-            torch._foreach_mul_(update, _trust_ratios(params, update))
-        torch._foreach_add_(params, update, alpha=-group["lr"])
+            torch._foreach_add_(update, _local(params), alpha=group["weight_decay"])
+        return update
 
 
-def _trust_ratios(params: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
-    """|p| / |u| of each pair, 0-d in fp32 or better; 1 where a norm is 0."""
-    ratios = []
-    for weight, update in zip(_norms(params), _norms(updates), strict=True):
-        ratios.append(torch.where((weight > 0) & (update > 0), weight / update, torch.ones_like(weight)))
-    return ratios
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of each tensor; no copies."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    """The 2-norm of each whole tensor, accumulated in fp32 or better."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return list(torch._foreach_norm(tensors, 2, dtype=dtype))
+@torch.no_grad()
+def global_norms(tensors: Sequence[Tensor], parts: Sequence[Tensor] | None = None) -> Tensor:
+    """The 2-norm of each whole tensor, [len(tensors)], alike on all ranks; summed up in fp32 or better.
+
+    All norms travel together: one all-reduce for each mesh dimension over which DTensors are sharded, none without.
+    Replicas are counted once, and a rank may hold nothing of a tensor.
+
+    Args:
+        tensors: of one device and at least one; plain tensors are whole on every rank.
+        parts: this rank's parts, where they are not those of `tensors` but only laid out like them.
+
+    Raises:
+        ValueError: for a DTensor that is not reduced yet (`Partial`).
+    """
+    parts = _local(list(tensors)) if parts is None else list(parts)
+    dtype = reduce(torch.promote_types, {part.dtype for part in parts}, torch.float32)
+    norms = torch.stack(torch._foreach_norm(parts, 2, dtype=dtype))
+    layouts: dict[tuple[DeviceMesh, tuple[Placement, ...]], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if isinstance(tensor, DTensor):
+            layouts.setdefault((tensor.device_mesh, tensor.placements), []).append(i)
+    for (mesh, placements), rows in layouts.items():
+        if any(placement.is_partial() for placement in placements):
+            raise ValueError(f"The norm of a tensor that is still to be reduced is not known: {placements}.")
+        # Squares in fp64: those of small fp32 norms would vanish.
+        squares = norms[rows].double().square()
+        for dimension, placement in enumerate(placements):
+            if placement.is_shard():
+                dist.all_reduce(squares, group=mesh.get_group(dimension))
+        norms[rows] = squares.sqrt().to(dtype)
+    return norms
 
 
 def build_optimizer(
