@@ -20,18 +20,9 @@ import torch
 from PIL import Image
 
 from modeling_m2encoder import M2EncoderImageProcessorPil, M2EncoderProcessor
-from training.data import (
-    CaptionDataset,
-    EpochOrder,
-    PixelTransform,
-    UnusableImage,
-    batches,
-    crop_box,
-    decode_image,
-    language_cycle,
-    read_captions,
-    resolve_files,
-)
+from training.data import CaptionDataset, batches, decode_image, read_captions, resolve_files
+from training.images import PixelTransform, UnusableImage, crop_box
+from training.order import EpochOrder, language_cycle
 
 ROWS, SIDE = 22, 16
 
@@ -148,8 +139,8 @@ def test_workers_change_nothing(dataset: CaptionDataset, small: Any) -> None:
     there = list(batches(dataset, small, num_workers=2, **options))
     assert all(same(a, b) for a, b in zip(here, there, strict=True))
     # What a spawned worker would receive gives the same as well.
-    source = batches(dataset, small, **options)._dataset
-    assert same(pickle.loads(pickle.dumps(source))[2], here[2])
+    steps = pickle.loads(pickle.dumps(batches(dataset, small, **options)._loader().dataset))
+    assert same(list(steps)[2][0], here[2])
 
 
 def test_every_caption_gets_its_turn(dataset: CaptionDataset, small: Any) -> None:
