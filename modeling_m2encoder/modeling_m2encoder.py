@@ -119,7 +119,9 @@ class M2EncoderVisionEmbeddings(nn.Module):
         """
         table = self.position_embeddings.weight[POSITION_OFFSET:]
         side = self.config.image_size // self.config.patch_size
-        grid = table[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+        # At least fp32: half precision loses what antialiasing sums up.
+        grid = table[1:].to(torch.promote_types(table.dtype, torch.float32))
+        grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
         new_side = (height // self.config.patch_size, width // self.config.patch_size)
         grid = nn.functional.interpolate(grid, size=new_side, mode="bicubic", align_corners=False, antialias=True)
         return torch.cat([table[:1], grid.flatten(2).transpose(1, 2)[0].to(table.dtype)])
@@ -168,8 +170,9 @@ def eager_attention_forward(
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask
-    # fp32 softmax, as sdpa does inside.
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    # fp32 softmax, as sdpa does inside; fp64 stays fp64.
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
     dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(dropped, value).transpose(1, 2).contiguous(), weights
 

@@ -191,7 +191,9 @@ class Masker:
 
         A text of nothing but special tokens keeps them all.
         """
-        seeds = [int(generator.integers(2**63)) for generator in generators]
+        # A seed for each kind: from one, the hidden patches would be those at the places of the hidden tokens.
+        seeds = [generator.integers(2**63, size=3).tolist() for generator in generators]
+        of_text, of_mask, of_drop = ([torch.Generator().manual_seed(row[i]) for row in seeds] for i in range(3))
         masks = {}
         if self.vocabulary is not None:
             text_mask = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -203,26 +205,18 @@ class Masker:
                     self.vocabulary,
                     self.config.text_ratio,
                     whole_words=self.config.whole_words,
-                    generator=torch.Generator().manual_seed(seeds[row]),
+                    generator=of_text[row],
                 )[0]
             masks["text_mask"] = text_mask
-        if self.num_patches and self.masks_images:
-            rows = [
-                mask_patches(
-                    1, self.num_patches, self.config.image_ratio, generator=torch.Generator().manual_seed(seed)
-                )
-                for seed in seeds
-            ]
-            masks["patch_mask"] = torch.cat(rows)
-        if self.num_patches and self.drop_patches:
-            # Another seed than the mask's, or the dropped patches would always be among the masked ones.
-            rows = [
-                keep_patches(
-                    1, self.num_patches, self.drop_patches, generator=torch.Generator().manual_seed(seed + 2**63)
-                )
-                for seed in seeds
-            ]
-            masks["kept_patches"] = torch.cat(rows)
+        patches = self.num_patches
+        if patches and self.masks_images:
+            masks["patch_mask"] = torch.cat(
+                [mask_patches(1, patches, self.config.image_ratio, generator=row) for row in of_mask]
+            )
+        if patches and self.drop_patches:
+            masks["kept_patches"] = torch.cat(
+                [keep_patches(1, patches, self.drop_patches, generator=row) for row in of_drop]
+            )
         return masks
 
 

@@ -221,8 +221,63 @@ def test_other_image_sizes(model, batch):
         table = model.encoder.vision_embeddings.interpolate_positions(32, 32)
     assert torch.equal(same, model.get_image_features(batch["pixel_values"]).pooler_output)
     assert output.last_hidden_state.shape == (2, 1 + 6 * 8, 32)
-    # Resizing to the table's own size is the identity.
+    # Resizing to the table's own size is the identity, and so is not resizing at all, which is what happens.
     torch.testing.assert_close(table, model.encoder.vision_embeddings.position_embeddings.weight[2:])
+
+
+# ---- Patch dropping
+
+
+def test_kept_patches_are_all_that_is_seen(model, batch):
+    """Other pixels in the dropped patches change no bit; in a kept one they do."""
+    pixels = batch["pixel_values"]
+    kept = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:5] for i in range(6)])
+    seen = torch.zeros(6, 16, dtype=torch.bool).scatter(1, kept, True)
+    block = seen.reshape(6, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    with torch.no_grad():
+        output = model.get_image_features(pixels, kept_patches=kept)
+        same = model.get_image_features(torch.where(block, pixels, 7.0), kept_patches=kept)
+        other = model.get_image_features(torch.where(block, 7.0, pixels), kept_patches=kept)
+        embeds = model(**batch, kept_patches=kept).image_embeds
+    assert output.last_hidden_state.shape == (6, 1 + 5, 32)
+    assert torch.equal(output.pooler_output, same.pooler_output)
+    assert (output.pooler_output - other.pooler_output).abs().max() > 1e-3
+    assert torch.equal(embeds, torch.nn.functional.normalize(output.pooler_output, dim=-1))
+
+
+def test_keeping_all_patches_changes_nothing(model, batch):
+    """In their order to the last bit, and in any order: positions go with their patches."""
+    pixels = batch["pixel_values"]
+    in_order = torch.arange(16).expand(6, -1)
+    shuffled = torch.randperm(16, generator=torch.Generator().manual_seed(0)).expand(6, -1)
+    with torch.no_grad():
+        plain, same, other = (
+            model.get_image_features(pixels, kept_patches=kept).pooler_output for kept in (None, in_order, shuffled)
+        )
+        larger = torch.randn(2, 3, 48, 64)
+        whole, kept = (
+            model.get_image_features(larger, interpolate_pos_encoding=True, kept_patches=kept).pooler_output
+            for kept in (None, torch.arange(48).flip(0).expand(2, -1))
+        )
+    assert torch.equal(plain, same)
+    torch.testing.assert_close(plain, other, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole, kept, atol=1e-5, rtol=0)
+
+
+def test_bad_kept_patches_are_named(model, batch):
+    pixels = batch["pixel_values"]
+    cases = [
+        (torch.zeros(6, 4), r"int64 \[6, 1 to 16\], .* got torch.float32 \[6, 4\]"),
+        (torch.ones(6, 16, dtype=torch.bool), "got torch.bool"),
+        (torch.zeros(5, 4, dtype=torch.long), r"got torch.int64 \[5, 4\]"),
+        (torch.zeros(6, 0, dtype=torch.long), r"\[6, 0\]"),
+        (torch.zeros(6, 17, dtype=torch.long), r"\[6, 17\]"),
+        (torch.full((6, 2), 16), r"lie in \[0, 15\], got 16 to 16"),
+        (torch.full((6, 2), -1), "got -1"),
+    ]
+    for kept, named in cases:
+        with pytest.raises(ValueError, match=named):
+            model.get_image_features(pixels, kept_patches=kept)
 
 
 # ---- Initialisation

@@ -158,6 +158,25 @@ def test_masked_patches_are_never_seen(pretrained, batch):
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
+def test_dropped_patches(config, batch, context):
+    """The first pass and what CMLM sees of it do without them; CMIM's own pass holds all places."""
+    model = build(config, decoder_context=context)
+    kept = torch.arange(12).expand(6, -1)
+    pixels = batch["pixel_values"].clone()
+    pixels[:, :, 24:] += 1  # the last row of patches, which is not kept
+    with torch.no_grad():
+        whole, dropped = model(**batch), model(**batch, kept_patches=kept)
+        changed = model(**{**batch, "pixel_values": pixels}, kept_patches=kept)
+    assert dropped.vision_model_output.last_hidden_state.shape == (6, 13, 32)
+    assert torch.equal(dropped.predicted_patches, whole.predicted_patches)
+    assert torch.equal(dropped.loss_cmim, whole.loss_cmim)
+    assert not torch.equal(dropped.text_decoder_states, whole.text_decoder_states)
+    assert torch.equal(dropped.text_decoder_states, changed.text_decoder_states)
+    assert torch.equal(dropped.image_embeds, changed.image_embeds)
+    assert not torch.equal(dropped.predicted_patches, changed.predicted_patches)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("name", ["loss_cmlm", "loss_cmim"])
 def test_each_loss_teaches_both_encoders(config, batch, context, name):
     model = build(config, decoder_context=context).train()

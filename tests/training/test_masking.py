@@ -16,6 +16,7 @@ from training.masking import (
     MaskingConfig,
     Vocabulary,
     describe_vocabulary,
+    keep_patches,
     mask_patches,
     mask_text,
     word_numbers,
@@ -189,6 +190,21 @@ def test_patches_are_drawn_equally_often_and_again_the_same():
     assert torch.equal(mask, mask_patches(4000, 16, 0.75, generator=generator(3)))
 
 
+def test_kept_patches_are_counted_exactly():
+    for ratio, kept in ((0.0, 196), (0.5, 98), (0.75, 49), (0.99, 2)):
+        rows = keep_patches(50, 196, ratio, generator=generator())
+        assert rows.shape == (50, kept) and rows.dtype == torch.long
+        assert (rows.diff(dim=1) > 0).all() and rows.min() >= 0 and rows.max() < 196
+    counts = keep_patches(4000, 16, 0.75, generator=generator(3)).flatten().bincount(minlength=16) / 4000
+    assert (counts - 0.25).abs().max() < 0.03
+    assert torch.equal(
+        keep_patches(9, 16, 0.5, generator=generator(1)), keep_patches(9, 16, 0.5, generator=generator(1))
+    )
+    for arguments in ((2, 16, 1.0), (2, 16, -0.1), (2, 16, float("nan")), (2, 1, 0.6), (0, 16, 0.5)):
+        with pytest.raises(ValueError, match="drop_ratio"):
+            keep_patches(*arguments, generator=generator())
+
+
 # ---- Bad input
 
 
@@ -247,3 +263,21 @@ def test_a_masker_draws_each_row_by_itself(tokenizer):
     drawn = masker(only_special, attention_mask, [np.random.default_rng(0)] * 3)
     assert drawn["text_mask"].any(dim=1).tolist() == [False, True, True]
     assert list(Masker(MaskingConfig(), None, 0)(ids, attention_mask, [np.random.default_rng(0)] * 3)) == []
+
+
+def test_a_masker_drops_patches_apart_from_the_masks(tokenizer):
+    """Kept patches by row from its own generator; with the drop asked for, the masks are what they were without."""
+    tokens = tokenizer(["a red circle"] * 300, padding=True, return_tensors="pt")
+    arguments = (tokens["input_ids"], tokens["attention_mask"])
+
+    def drawn(first: int = 0, **settings) -> dict[str, torch.Tensor]:
+        masker = Masker(MaskingConfig(), None, 16, **settings)
+        return masker(*(rows[first:] for rows in arguments), [np.random.default_rng(i) for i in range(first, 300)])
+
+    both, alone = drawn(drop_patches=0.75), drawn(drop_patches=0.75, masks_images=False)
+    assert both.keys() == {"patch_mask", "kept_patches"} and alone.keys() == {"kept_patches"}
+    assert both["kept_patches"].shape == (300, 4) and torch.equal(both["kept_patches"], alone["kept_patches"])
+    assert torch.equal(drawn(200, drop_patches=0.75)["kept_patches"], both["kept_patches"][200:])
+    assert torch.equal(both["patch_mask"], drawn()["patch_mask"]) and drawn(masks_images=False) == {}
+    # Independent of the mask: of the kept patches three in four are masked, as of all.
+    assert both["patch_mask"].gather(1, both["kept_patches"]).float().mean().item() == pytest.approx(0.75, abs=0.04)
