@@ -1,18 +1,23 @@
-"""What a benchmark gives, as a table for people, a JSON file for programs, and a flat dict for a training log."""
+"""What a benchmark gives: scores with their chance level and interval, as JSON for programs, as a flat dict for a
+training log, and the counts behind them for paired tests later.
+
+Letters: N images, Q queries, C scores.
+"""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
+
+from .files import replaced
+from .stats import Sample, bootstrap, paired_bootstrap
 
 VERSIONS_OF = ("torch", "transformers", "datasets", "numpy", "pillow")
 
@@ -37,6 +42,14 @@ class Benchmark:
     """metric -> language -> score."""
     notes: dict[str, Any] = field(default_factory=dict)
     """What a reader should know of the data: images without a text, class names that collide, ..."""
+    samples: dict[str, tuple[Sample, ...]] = field(default_factory=dict)
+    """language -> hits per image, from which intervals and paired tests come; together they cover all metrics."""
+    paired: bool = False
+    """Whether all languages speak of the very same images, so that their difference can be tested."""
+    ranks: dict[str, np.ndarray] = field(default_factory=dict)
+    """"zh/text_greater" and so on: the ranks of every query, from which recall at any K follows."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Long lists for programs, such as the accuracy of every class."""
 
     def flat(self) -> dict[str, float]:
         """`{"name/language/metric": value}` for a training log."""
@@ -47,73 +60,115 @@ class Benchmark:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, fractions unrounded."""
+        """Everything but samples and ranks: fractions unrounded, each with its chance level and the ends of its 95 %
+        interval; and for paired zh and en their difference, with its interval and p-value."""
+        intervals = {
+            language: {name: value for sample in own for name, value in bootstrap(sample).items()}
+            for language, own in self.samples.items()
+        }
         metrics = {
-            metric: {language: score._asdict() for language, score in scores.items()}
+            metric: {
+                language: {**score._asdict(), **_ends(intervals.get(language, {}).get(metric))}
+                for language, score in scores.items()
+            }
             for metric, scores in self.metrics.items()
         }
-        plain = {name: getattr(self, name) for name in ("name", "protocol", "counts", "notes")}
-        return {**plain, "files": list(self.files), "metrics": metrics}
+        plain = {name: getattr(self, name) for name in ("name", "protocol", "counts", "paired")}
+        gap, notes = {}, dict(self.notes)
+        if self.paired and {"zh", "en"} <= set(self.samples):
+            try:
+                gap = compare_samples(self.samples["zh"], self.samples["en"])
+            except ValueError as error:  # one language has a text for so few images that a resample may hold none
+                notes["no test of the gap"] = str(error)
+        return {
+            **plain,
+            "notes": notes,
+            "files": list(self.files),
+            "metrics": metrics,
+            **({"gap_zh_en": gap} if gap else {}),
+            **({"details": self.details} if self.details else {}),
+        }
 
 
-def write_results(path: Path, benchmarks: Sequence[Benchmark], *, model: torch.nn.Module, model_path: str) -> None:
-    """Write results.json: beside its place first, then renamed, so that there is never half a file."""
-    parameter = next(model.parameters())
-    document = {
+def compare_samples(first: Sequence[Sample], second: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    """`first` minus `second` for every score that both have: value, low, high (95 %), p_value.
+
+    Raises:
+        ValueError: for samples of different images.
+    """
+    others = {sample.names: sample for sample in second}
+    differences: dict[str, dict[str, float]] = {}
+    for sample in first:
+        if sample.names not in others:
+            continue
+        for name, found in paired_bootstrap(sample, others[sample.names]).items():
+            differences[name] = {
+                "value": found.value,
+                "low": found.low,
+                "high": found.high,
+                "p_value": found.p_value,
+            }
+    return differences
+
+
+def environment() -> dict[str, Any]:
+    """When and with which libraries."""
+    return {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "model": {
-            "path": model_path,
-            "class": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "dtype": str(parameter.dtype).removeprefix("torch."),
-            "device": parameter.device.type,
-        },
         "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in VERSIONS_OF}},
-        "benchmarks": [benchmark.as_json() for benchmark in benchmarks],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
-def format_table(benchmarks: Sequence[Benchmark]) -> str:
-    """An aligned table in percent: a column per language, zh and en first, the chance level, and zh - en in points."""
-    languages = _languages(benchmarks)
-    header = [*languages, "chance", *(["zh-en"] if {"zh", "en"} <= set(languages) else [])]
-    rows: list[tuple[str, list[str]]] = []
-    for benchmark in benchmarks:
-        counts = ", ".join(f"{count:,} {what}" for what, count in benchmark.counts.items())
-        rows += [("", []), (benchmark.name, header), (f"  ({counts})", [])]
-        rows += [(f"  note: {what}: {seen}", []) for what, seen in benchmark.notes.items()]
-        rows += [(_label(metric), _cells(scores, languages)) for metric, scores in benchmark.metrics.items()]
-    label = max(len(name) for name, cells in rows if cells)
-    width = max(7, *(len(cell) for _, cells in rows for cell in cells))
-    lines = [f"{name:<{label}}" + "".join(f" {cell:>{width}}" for cell in cells) for name, cells in rows]
-    return "\n".join(["All numbers in percent.", *(line.rstrip() for line in lines)])
+def write_counts(path: Path, benchmarks: Sequence[Benchmark]) -> None:
+    """The samples and ranks of some benchmarks, as one .npz file without objects.
+
+    Raises:
+        ValueError: for a place that cannot be written.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for b, benchmark in enumerate(benchmarks):
+        arrays |= {f"{b}/ranks/{name}": values for name, values in benchmark.ranks.items()}
+        for language, own in benchmark.samples.items():
+            for s, sample in enumerate(own):
+                head = f"{b}/samples/{language}/{s}"
+                arrays[f"{head}/hits"], arrays[f"{head}/queries"] = sample.hits, sample.queries
+                arrays[f"{head}/names"] = np.array([*sample.names, sample.mean or ""])
+                if sample.image_ids is not None:
+                    arrays[f"{head}/image_ids"] = np.array(sample.image_ids)
+    with replaced(path) as beside, beside.open("wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
-def _label(metric: str) -> str:
-    part, _, factor = metric.partition("/")
-    return f"    {factor}".replace("_", " ") if factor else f"  {part}".replace("_", " ")
+def read_samples(path: Path) -> list[dict[str, tuple[Sample, ...]]]:
+    """What `write_counts` wrote: for every benchmark language -> samples.
+
+    Raises:
+        ValueError: for a file that is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable file of counts: {error}. Delete it and run again.") from error
+    found: dict[int, dict[str, list[Sample]]] = {}
+    for name in arrays:
+        b, kind, *rest = name.split("/")
+        if kind == "samples" and rest[-1] == "hits":
+            head = name.removesuffix("/hits")
+            *names, mean = arrays[f"{head}/names"].tolist()
+            ids = arrays.get(f"{head}/image_ids")
+            sample = Sample(
+                tuple(names),
+                arrays[f"{head}/hits"],
+                arrays[f"{head}/queries"],
+                mean or None,
+                None if ids is None else tuple(ids.tolist()),
+            )
+            found.setdefault(int(b), {}).setdefault(rest[0], []).append(sample)
+    return [
+        {language: tuple(own) for language, own in found.get(b, {}).items()} for b in range(max(found, default=-1) + 1)
+    ]
 
 
-def _cells(scores: Mapping[str, Score], languages: Sequence[str]) -> list[str]:
-    cells = [f"{100 * scores[name].value:.1f}" if name in scores else "" for name in languages]
-    # One number unless the languages differ in their number of captions.
-    cells.append("/".join(dict.fromkeys(_chance(scores[name].chance) for name in languages if name in scores)))
-    if "zh" in scores and "en" in scores:
-        points = round(100 * (scores["zh"].value - scores["en"].value), 1)
-        cells.append(f"{points + 0.0:+.1f}")  # adding 0 turns -0.0 into 0.0
-    return cells
-
-
-def _languages(benchmarks: Sequence[Benchmark]) -> list[str]:
-    seen = dict.fromkeys(name for b in benchmarks for scores in b.metrics.values() for name in scores)
-    return sorted(seen, key=lambda name: ("zh", "en").index(name) if name in ("zh", "en") else 2)
-
-
-def _chance(value: float) -> str:
-    # R@1 over 5,000 images is 0.02 % by chance, which one decimal would call 0.0.
-    percent = 100 * value
-    return f"{percent:.1f}" if percent >= 0.1 or percent == 0 else f"{percent:.1g}"
+def _ends(interval: Any) -> Mapping[str, float]:
+    return {} if interval is None else {"low": interval.low, "high": interval.high}

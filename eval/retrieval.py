@@ -1,25 +1,44 @@
-"""Image-text retrieval: R@1/5/10 in both directions and their mean, per language.
+"""Image-text retrieval: R@1/5/10 in both directions and their means, per language.
 
-python -m eval run --model DIR --retrieval FILES --captions en=caption_en zh=caption_zh --output OUT_DIR
+    python -m eval run --models DIR --tasks flickr30k,flickr8k-cn --output OUT_DIR
+    python -m eval run --model DIR --retrieval FILES --captions en=caption_en zh=caption_zh --output OUT_DIR
+
+Letters: N images, M texts, E embedding size.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
-from .data import Table, caption_list, open_table
+from .data import Table, caption_list, open_data, open_table
 from .embed import Encoder
+from .models import adapt
 from .ranks import RECALL_AT, RetrievalRanks, retrieval_ranks
 from .results import Benchmark, Score
+from .stats import Sample, retrieval_sample
+from .tasks import Task
 
-PROTOCOL = (
-    "any-hit R@K over all images and all texts of one language; a text's own image is right; equal scores count "
-    "in expectation; cosine similarity in fp32, near ties resolved in fp64"
-)
+Positives = Literal["text-equal", "owner"]
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Images and their captions, ready to be embedded."""
+
+    table: Table
+    image_column: str
+    captions: dict[str, list[list[str]]]
+    """language -> image -> captions: one list for each of the N rows of the table."""
+    image_ids: tuple[str, ...] | None = None
 
 
 def evaluate_retrieval(
@@ -31,12 +50,17 @@ def evaluate_retrieval(
     image_column: str = "image",
     limit: int | None = None,
     batch_size: int = 128,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """Retrieval on parquet files, as `{"NAME/zh/text_to_image_R@1": fraction, ...}` for a training log.
 
     NAME is the stem of the first file. See `score_retrieval` for the arguments and errors.
+
+    Args:
+        group: the processes that share the embedding: each of them makes this call with the same arguments, and each
+            gets the result. None: this process works alone.
     """
-    encoder = Encoder(model, processor, batch_size)
+    encoder = Encoder(adapt(model, processor), batch_size=batch_size, group=group)
     return score_retrieval(encoder, files, captions=captions, image_column=image_column, limit=limit).flat()
 
 
@@ -67,33 +91,163 @@ def score_retrieval(
         if not any(lists):
             name = captions[language]
             raise ValueError(f"Column {name!r} of {table.files[0]} has no {language} caption in its {len(lists)} rows.")
-    embeds = encoder.images(table, image_column)
-    return retrieval_benchmark(Path(table.files[0]).stem, encoder, table, embeds, texts)
+    return retrieval_benchmark(Path(table.files[0]).stem, encoder, Captioned(table, image_column, texts), paired=True)
+
+
+def read_captioned(task: Task, source: str | Path | None = None) -> Captioned:
+    """The images and captions of a retrieval task, whole.
+
+    Args:
+        source: where the data lie, see `eval.data.open_data`.
+
+    Raises:
+        ValueError: for data that are missing, lack a column or split, or whose languages describe different images
+            although the task is paired.
+    """
+    tables = open_data(task.data, task.columns, source)
+    columns = task.columns
+    table = next(iter(tables.values()))
+    for language, column in columns.captions.items():
+        tables.get(language, table).require(column)
+    table.require(columns.image)
+    ids = _image_ids(table, columns.image_id)
+    captions = {}
+    for language in task.languages:
+        own = tables.get(language, table)
+        lists = [
+            _first(caption_list(cell, columns.caption_separator), task)
+            for cell in own.column(columns.captions[language])
+        ]
+        captions[language] = lists if own is table else _aligned(task, language, own, lists, ids or ())
+    return Captioned(table, columns.image, captions, ids)
 
 
 def retrieval_benchmark(
-    name: str, encoder: Encoder, table: Table, image_embeds: torch.Tensor, captions: Mapping[str, list[list[str]]]
+    name: str,
+    encoder: Encoder,
+    data: Captioned,
+    *,
+    image_embeds: torch.Tensor | None = None,
+    protocol: str = "any-hit/text-equal/fp32",
+    positives: Positives = "text-equal",
+    paired: bool = False,
+    distinct_texts: bool = False,
 ) -> Benchmark:
-    """Score embedded images [N, E] against the captions of each language: one list per image, not all of them empty."""
-    counts, metrics, notes = {"images": len(image_embeds)}, {}, {}
-    for language, lists in captions.items():
+    """Score images against the captions of each language, not all of them empty.
+
+    Args:
+        image_embeds: [N, E] if they are there already.
+        positives: see `Task.positives`.
+        paired: whether the languages are to be compared.
+        distinct_texts: a text that several images have is one query and one answer (the fine-grained sets), not one
+            for each of them (the photo sets).
+    """
+    if image_embeds is None:
+        image_embeds = encoder.images(data.table, data.image_column)
+    benchmark = Benchmark(name, protocol, data.table.files, {"images": len(image_embeds)}, {}, paired=paired)
+    for language, lists in data.captions.items():
         texts = [text for own in lists for text in own]
         owner = torch.tensor([i for i, own in enumerate(lists) for _ in own])
-        ranks = retrieval_ranks(image_embeds, encoder.texts(texts), owner)
-        counts[f"{language} texts"] = len(texts)
-        if ranks.num_images_without_text:
-            notes[f"images without {language} text"] = ranks.num_images_without_text
-        if ranks.num_tied_queries:
-            notes[f"{language} queries with ties"] = ranks.num_tied_queries
-        for metric, score in _scores(ranks).items():
-            metrics.setdefault(metric, {})[language] = score
-    return Benchmark(name, PROTOCOL, table.files, counts, metrics, notes)
+        ranks = _ranks(image_embeds, encoder, texts, owner, positives, distinct_texts)
+        _add(benchmark, language, ranks, owner, data.image_ids)
+    return benchmark
+
+
+def _first(captions: list[str], task: Task) -> list[str]:
+    return captions[: task.captions_per_image]
+
+
+def _image_ids(table: Table, column: str | None) -> tuple[str, ...] | None:
+    if column is None:
+        return None
+    values = [str(value["path"] if isinstance(value, dict) else value) for value in table.column(column)]
+    twice, count = Counter(values).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{table.files[0]}: the image {twice!r} stands in {count} rows of column {column!r}.")
+    return tuple(values)
+
+
+def _aligned(task: Task, language: str, table: Table, lists: list[list[str]], ids: tuple[str, ...]) -> list[list[str]]:
+    """The captions of another table in the order of `ids`."""
+    known = dict(zip(_image_ids(table, task.columns.image_id) or (), lists, strict=True))
+    missing = [image for image in ids if image not in known]
+    extra = len(known) - (len(ids) - len(missing))
+    if task.paired and (missing or extra):
+        raise ValueError(
+            f"{task.name} is paired, but {language} has no row for {len(missing)} of {len(ids)} images "
+            f"({', '.join(missing[:3])}) and {extra} rows of other images."
+        )
+    return [known.get(image, []) for image in ids]
+
+
+def _ranks(
+    image_embeds: torch.Tensor,
+    encoder: Encoder,
+    texts: list[str],
+    owner: torch.Tensor,
+    positives: Positives,
+    distinct_texts: bool,
+) -> RetrievalRanks:
+    return retrieval_ranks(image_embeds, encoder.texts(texts), owner)
+
+
+def _add(
+    benchmark: Benchmark,
+    language: str,
+    ranks: RetrievalRanks,
+    owner: torch.Tensor,
+    image_ids: tuple[str, ...] | None,
+) -> None:
+    """The scores of one language, and what they come from."""
+    benchmark.counts[f"{language} texts"] = len(owner)
+    if ranks.num_images_without_text:
+        benchmark.notes[f"images without {language} text"] = ranks.num_images_without_text
+    if ranks.num_tied_queries:
+        benchmark.notes[f"{language} queries with ties"] = ranks.num_tied_queries
+    for metric, score in _scores(ranks).items():
+        benchmark.metrics.setdefault(metric, {})[language] = score
+    benchmark.samples[language] = _samples(retrieval_sample(ranks, owner, image_ids=image_ids))
+    for name, values in dataclasses.asdict(ranks).items():
+        benchmark.ranks[f"{language}/{name}"] = values.numpy()
 
 
 def _scores(ranks: RetrievalRanks) -> dict[str, Score]:
-    scores = {
-        f"{direction}_R@{k}": Score(getattr(ranks.recall(k), direction), getattr(ranks.chance(k), direction))
-        for direction in ("text_to_image", "image_to_text")
-        for k in RECALL_AT
-    }
+    """R@K and their mean in each direction, and the mean of all six (the paper's MR; its Table 7 has the others)."""
+    scores: dict[str, Score] = {}
+    for direction in DIRECTIONS:
+        own = {
+            f"{direction}_R@{k}": Score(getattr(ranks.recall(k), direction), getattr(ranks.chance(k), direction))
+            for k in RECALL_AT
+        }
+        values, chances = zip(*own.values(), strict=True)
+        scores |= own
+        scores[f"{direction}_mean_recall"] = Score(sum(values) / len(values), sum(chances) / len(chances))
     return {**scores, "mean_recall": Score(ranks.mean_recall(), ranks.mean_recall_chance())}
+
+
+def _samples(both: Sample) -> tuple[Sample, ...]:
+    """The sample of both directions, whose mean is the mean recall, and one of each direction for its own mean."""
+    parts = []
+    for direction in DIRECTIONS:
+        columns = [c for c, name in enumerate(both.names) if name.startswith(direction)]
+        parts.append(
+            Sample(
+                tuple(both.names[c] for c in columns),
+                both.hits[:, columns],
+                both.queries[:, columns],
+                f"{direction}_mean_recall",
+                both.image_ids,
+            )
+        )
+    return (*parts, both)
+
+
+def limited(data: Captioned, limit: int | None) -> Captioned:
+    """At most `limit` images, evenly spaced."""
+    table = data.table.limited(limit)
+    if table is data.table:
+        return data
+    rows = [i * len(data.table) // len(table) for i in range(len(table))]
+    captions = {language: [lists[row] for row in rows] for language, lists in data.captions.items()}
+    ids = None if data.image_ids is None else tuple(data.image_ids[row] for row in rows)
+    return Captioned(table, data.image_column, captions, ids)

@@ -1,6 +1,6 @@
 """The scenes data set (written by `python -m training.scenes`): retrieval, zero-shot classes, fine-grained tasks.
 
-    python -m eval run --model DIR --scenes SCENES_DIR --output OUT_DIR
+    python -m eval run --models DIR --tasks scenes --data scenes=SCENES_DIR --output OUT_DIR
 
 Its layout is all that is known of it here: SPLIT-*.parquet, tasks/*.parquet and manifest.json.
 """
@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from .choice import choice_benchmark
 from .data import Table, open_table
 from .embed import Encoder
-from .ranks import choice_hits
-from .results import Benchmark, Score
-from .retrieval import retrieval_benchmark
-from .zero_shot import Classes, zero_shot_benchmark
+from .models import adapt
+from .results import Benchmark
+from .retrieval import Captioned, retrieval_benchmark
+from .zero_shot import Classes, Labelled, zero_shot_benchmark
 
 LANGUAGES = ("zh", "en")
 # Captions 0 and 1 of a test image describe it in full and fit no other one; the rest are true of many images.
@@ -30,9 +32,6 @@ TEMPLATES = {
     "zh": ("{}", "图中有{}", "图片里有{}"),
     "en": ("{}", "a picture of {}", "The picture shows {}."),
 }
-TASK_PROTOCOL = (
-    "the candidate with the highest cosine similarity; equal scores count in expectation; chance is 1 / candidates"
-)
 
 
 def evaluate_scenes(
@@ -42,12 +41,18 @@ def evaluate_scenes(
     limit: int | None = None,
     split: str = "test",
     batch_size: int = 128,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """All benchmarks on a scenes folder, as `{"scenes/attribute/zh/accuracy": fraction, ...}` for a training log.
 
-    See `score_scenes` for the arguments and errors.
+    See `score_scenes` for the other arguments and errors.
+
+    Args:
+        group: the processes that share the embedding: each of them makes this call with the same arguments, and each
+            gets the result. None: this process works alone.
     """
-    benchmarks = score_scenes(Encoder(model, processor, batch_size), scenes_dir, limit=limit, split=split)
+    encoder = Encoder(adapt(model, processor), batch_size=batch_size, group=group)
+    benchmarks = score_scenes(encoder, scenes_dir, limit=limit, split=split)
     return {name: value for benchmark in benchmarks for name, value in benchmark.flat().items()}
 
 
@@ -72,15 +77,16 @@ def score_scenes(
     table = open_table([folder / f"{split}-*.parquet"]).limited(limit)
     embeds = encoder.images(table)
     captions = {name: [own[:FULL_CAPTIONS] for own in table.column(f"captions_{name}")] for name in LANGUAGES}
+    data = Captioned(table, "image", captions, tuple(table.column("image_id")))
     benchmarks = [
-        retrieval_benchmark("scenes/retrieval", encoder, table, embeds, captions),
+        retrieval_benchmark("scenes/retrieval", encoder, data, image_embeds=embeds, paired=True),
         *_zero_shot(encoder, table, embeds, manifest["vocabulary"]),
     ]
     if split == "test":
         known = dict(zip(table.column("image_id"), embeds, strict=True))
         for task in manifest["tasks"]:
             questions = open_table([folder / "tasks" / f"{task}.parquet"]).limited(limit)
-            benchmarks.append(_task(encoder, f"scenes/{task}", questions, known))
+            benchmarks.append(choice_benchmark(f"scenes/{task}", encoder, questions, known))
     return benchmarks
 
 
@@ -105,32 +111,11 @@ def _zero_shot(
         for language in LANGUAGES
     }
     labels = [pairs.index((scenes[row][0]["colour"], scenes[row][0]["shape"])) for row in single]
-    return [zero_shot_benchmark("scenes/zero-shot", encoder, table, embeds[single], labels, classes)]
+    data = Labelled(table.select(single), "image", labels, classes)
+    return [zero_shot_benchmark("scenes/zero-shot", encoder, data, image_embeds=embeds[single])]
 
 
 def _name(language: str, colour: str, shape: str) -> str:
     if language == "zh":
         return f"一个{colour}{shape}"
     return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
-
-
-def _task(encoder: Encoder, name: str, table: Table, known: Mapping[str, torch.Tensor]) -> Benchmark:
-    """Accuracy of choosing the one true candidate, over all questions and per factor (what was changed)."""
-    ids = table.column("image_id")
-    # Questions are about images of the split, which are embedded already, unless a limit left them out.
-    new = {image_id: row for row, image_id in enumerate(ids) if image_id not in known}
-    if new:
-        known = {**known, **dict(zip(new, encoder.images(table, rows=list(new.values())), strict=True))}
-    images = torch.stack([known[image_id] for image_id in ids])
-    labels, factors = torch.tensor(table.column("label")), table.column("factor")
-    metrics: dict[str, dict[str, Score]] = {}
-    for language in LANGUAGES:
-        candidates = table.column(f"candidates_{language}")
-        sizes = torch.tensor([len(own) for own in candidates])
-        hits = choice_hits(images, encoder.texts([text for own in candidates for text in own]), sizes, labels)
-        chances = 1 / sizes.double()
-        for factor in (None, *sorted(set(factors))):
-            chosen = torch.tensor([factor in (None, own) for own in factors])
-            metric = "accuracy" if factor is None else f"accuracy/{factor.replace(' ', '_')}"
-            metrics.setdefault(metric, {})[language] = Score(hits[chosen].mean().item(), chances[chosen].mean().item())
-    return Benchmark(name, TASK_PROTOCOL, table.files, {"questions": len(table)}, metrics)

@@ -1,40 +1,30 @@
 """Zero-shot classification: an image belongs to the class whose averaged prompts it is nearest to.
 
+    python -m eval run --models DIR --tasks imagenet,imagenet-cn --output OUT_DIR
     python -m eval run --model DIR --zero-shot FILE --classes eval/tasks/tiny_imagenet.yaml --output OUT_DIR
 
-The YAML file names the integer label column and, per language, the class names and the prompt templates:
-
-    label_column: label                       # "label" if left out
-    languages:
-      en:
-        names: [tench, goldfish]              # in the order of the labels, or {label: name},
-        # names_column: caption_en            # or a column of the data that holds each row's class name
-        templates: ["a photo of a {}.", "a small picture of a {}."]
-      zh: ...
+Letters: N images, C classes, E embedding size.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch.nn import functional as F
 
-from .data import Table, open_table
+from .data import Table, open_data
 from .embed import Encoder
-from .ranks import retrieval_ranks
+from .prompts import best_top1, collisions, names_of_column, read_listed
+from .ranks import hit_probability, retrieval_ranks
 from .results import Benchmark, Score
+from .stats import accuracy_sample
+from .tasks import Listed, Task
 
 TOP = (1, 5)
-PROTOCOL = (
-    "class embedding = normalised mean of the normalised embeddings of its prompts; cosine similarity; equal scores "
-    "count in expectation"
-)
 
 
 @dataclass(frozen=True)
@@ -45,66 +35,100 @@ class Classes:
     templates: tuple[str, ...]
 
 
-def score_zero_shot(
-    encoder: Encoder,
-    file: str | Path,
-    classes_file: str | Path,
-    *,
-    image_column: str = "image",
-    limit: int | None = None,
-) -> Benchmark:
-    """Zero-shot classification of the rows of a parquet file (or glob, or folder) into the classes of a YAML file.
+@dataclass(frozen=True)
+class Labelled:
+    """Images, their classes, and what the classes are called in each language."""
+
+    table: Table
+    image_column: str
+    labels: list[int]
+    classes: dict[str, Classes]
+    image_ids: tuple[str, ...] | None = None
+
+
+def read_labelled(task: Task, source: str | Path | None = None, table: Table | None = None) -> Labelled:
+    """The images and classes of a classification task, whole.
 
     Args:
-        limit: use so many rows, evenly spaced.
+        source: where the data lie, see `eval.data.open_data`.
+        table: the rows, if they are open already.
 
     Raises:
-        ValueError: for missing files or columns, a malformed YAML file, labels that it does not name, languages that
-            name different labels.
+        ValueError: for data that are missing or lack a column, labels that are no integers or have no name, languages
+            that name different labels, names or templates that are not there.
     """
-    table = open_table([file])
-    table.require(image_column)
-    label_column, classes = read_classes(classes_file, table)  # of all rows, so that a limit does not make it easier
-    table = table.limited(limit)
-    labels = table.column(label_column)
-    if not all(isinstance(label, int) for label in labels):
-        raise ValueError(f"Column {label_column!r} of {file} must hold integers, not e.g. {labels[0]!r}.")
-    name = f"{Path(table.files[0]).stem}/zero-shot"
-    check_classes(name, labels, classes)  # before the images are embedded, which may take hours
-    return zero_shot_benchmark(name, encoder, table, encoder.images(table, image_column), labels, classes)
+    columns = task.columns
+    table = next(iter(open_data(task.data, columns, source).values())) if table is None else table
+    table.require(columns.image)
+    labels = table.column(str(columns.label))
+    odd = next((label for label in labels if not isinstance(label, int)), None)
+    if odd is not None or not labels:
+        raise ValueError(f"Column {columns.label!r} of {table.files[0]} must hold integers, not e.g. {odd!r}.")
+    folder = None if source is None else Path(source) if Path(source).is_dir() else Path(source).parent
+    classes = {
+        language: Classes(
+            _names(texts.names, table, labels, folder),
+            read_listed(texts.templates, folder) if isinstance(texts.templates, Listed) else texts.templates,
+        )
+        for language, texts in ((language, task.classes[language]) for language in task.languages)
+    }
+    check_classes(task.name, labels, classes)
+    ids = tuple(map(str, table.column(columns.image_id))) if columns.image_id else None
+    return Labelled(table, columns.image, labels, classes, ids)
 
 
 def zero_shot_benchmark(
     name: str,
     encoder: Encoder,
-    table: Table,
-    image_embeds: torch.Tensor,
-    labels: Sequence[int],
-    classes: Mapping[str, Classes],
+    data: Labelled,
+    *,
+    image_embeds: torch.Tensor | None = None,
+    protocol: str = "prompt-ensemble/fp32",
+    paired: bool = True,
 ) -> Benchmark:
-    """Score embedded images [N, E] with their labels against the classes of each language.
+    """Score images against the classes of each language: top-1, top-5, and the accuracy of every class.
 
     Classes that no image belongs to stay in the gallery. Classes with equal embeddings (colliding names) share the hit.
+
+    Args:
+        image_embeds: [N, E] if they are there already.
 
     Raises:
         ValueError: for labels without a name, or languages that name different labels.
     """
-    check_classes(name, labels, classes)
-    known = sorted(next(iter(classes.values())).names)
-    metrics: dict[str, dict[str, Score]] = {f"top-{k}": {} for k in TOP}
-    notes: dict[str, Any] = {}
-    for language, entry in classes.items():
-        gallery = class_embeddings(encoder, [entry.names[label] for label in known], entry.templates)
-        index = {label: i for i, label in enumerate(known)}
-        # Classes are the gallery and images the queries, so accuracy is the "text to image" side of the ranks.
-        ranks = retrieval_ranks(gallery, image_embeds, torch.tensor([index[label] for label in labels]))
-        for k in TOP:
-            metrics[f"top-{k}"][language] = Score(ranks.recall(k).text_to_image, ranks.chance(k).text_to_image)
-        repeated = [text for text, count in Counter(entry.names.values()).items() if count > 1]
-        if repeated:
-            notes[f"{language} names of several classes"] = repeated
+    check_classes(name, data.labels, data.classes)
+    if image_embeds is None:
+        image_embeds = encoder.images(data.table, data.image_column)
+    known = sorted(next(iter(data.classes.values())).names)
+    index = {label: i for i, label in enumerate(known)}
+    owner = torch.tensor([index[label] for label in data.labels])
     counts = {"images": len(image_embeds), "classes": len(known)}
-    return Benchmark(name, PROTOCOL, table.files, counts, metrics, notes)
+    benchmark = Benchmark(name, protocol, data.table.files, counts, {}, paired=paired)
+    for language, entry in data.classes.items():
+        gallery = class_embeddings(encoder, [entry.names[label] for label in known], entry.templates)
+        # Classes are the gallery and images the queries: accuracy is the "text to image" side of the ranks.
+        ranks = retrieval_ranks(gallery, image_embeds, owner)
+        greater, equal = ranks.text_greater, ranks.text_equal
+        hits = {f"top-{k}": hit_probability(greater, equal, torch.ones_like(equal), k) for k in TOP}
+        for k in TOP:
+            score = Score(hits[f"top-{k}"].mean().item(), min(k, len(known)) / len(known))
+            benchmark.metrics.setdefault(f"top-{k}", {})[language] = score
+        benchmark.samples[language] = (accuracy_sample(hits, image_ids=data.image_ids),)
+        benchmark.ranks[f"{language}/greater"], benchmark.ranks[f"{language}/equal"] = greater.numpy(), equal.numpy()
+        benchmark.details.setdefault("classes", {})[language] = per_class(hits["top-1"], data.labels, entry.names)
+        _note_collisions(benchmark, language, entry, data.labels)
+    return benchmark
+
+
+def per_class(hits: torch.Tensor, labels: Sequence[int], names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """The top-1 accuracy of every class that has an image, in the order of the labels."""
+    totals: dict[int, list[float]] = {}
+    for label, hit in zip(labels, hits.tolist(), strict=True):
+        totals.setdefault(label, []).append(hit)
+    return [
+        {"label": label, "name": names[label], "images": len(own), "top-1": sum(own) / len(own)}
+        for label, own in sorted(totals.items())
+    ]
 
 
 def check_classes(name: str, labels: Sequence[int], classes: Mapping[str, Classes]) -> None:
@@ -114,7 +138,7 @@ def check_classes(name: str, labels: Sequence[int], classes: Mapping[str, Classe
         odd = sorted(known ^ set(entry.names))
         if odd:
             raise ValueError(
-                f"Every language must name the same labels; {language} differs from the first in {odd[:5]}."
+                f"{name}: every language must name the same labels; {language} differs from the first in {odd[:5]}."
             )
     unknown = sorted(set(labels) - known)
     if unknown:
@@ -127,64 +151,29 @@ def class_embeddings(encoder: Encoder, names: Sequence[str], templates: Sequence
     return F.normalize(encoder.texts(prompts).view(len(names), len(templates), -1).mean(dim=1), dim=-1)
 
 
-def read_classes(path: str | Path, table: Table) -> tuple[str, dict[str, Classes]]:
-    """The label column and the classes of each language, as the module's docstring shows the file.
-
-    Raises:
-        ValueError: for a missing or malformed file; the message says which entry.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"No file of class names at {path}.")
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("languages"), dict) or not document["languages"]:
-        raise ValueError(f"{path} needs a mapping `languages:` of at least one language; see eval/zero_shot.py.")
-    _no_other_keys(path, document, {"label_column", "languages"})
-    label_column = document.get("label_column", "label")
-    labels = table.column(label_column)
-    return label_column, {
-        language: _read_language(f"{path}, {language}", entry, table, labels)
-        for language, entry in document["languages"].items()
-    }
+def _names(
+    names: tuple[str, ...] | dict[int, str] | Listed, table: Table, labels: list[int], folder: Path | None
+) -> dict[int, str]:
+    if isinstance(names, Listed) and names.column is not None:
+        return names_of_column(labels, table.column(names.column), table.locate)
+    if isinstance(names, Listed):
+        names = read_listed(names, folder)
+    return names if isinstance(names, dict) else dict(enumerate(names))
 
 
-def _read_language(where: str, entry: Any, table: Table, labels: Sequence[Any]) -> Classes:
-    if not isinstance(entry, dict) or ("names" in entry) == ("names_column" in entry):
-        raise ValueError(f"{where}: give either `names` or `names_column`, and `templates`.")
-    _no_other_keys(where, entry, {"names", "names_column", "templates"})
-    templates = entry.get("templates")
-    if not isinstance(templates, list) or not templates or not all(isinstance(t, str) and "{}" in t for t in templates):
-        raise ValueError(
-            f"{where}: `templates` must be a list of strings in which {{}} stands for the name, not {templates!r}."
-        )
-    names = _names_of_column(where, entry["names_column"], table, labels) if "names_column" in entry else entry["names"]
-    if isinstance(names, list):
-        names = dict(enumerate(names))
-    if not isinstance(names, dict) or not names:
-        raise ValueError(
-            f"{where}: `names` must be a list of strings or a mapping of labels to strings, not {names!r}."
-        )
-    for label, text in names.items():
-        if not isinstance(label, int) or not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: `names` must give a string for each integer label, not {label!r}: {text!r}.")
-    return Classes(names, tuple(templates))
+def _note_collisions(benchmark: Benchmark, language: str, entry: Classes, labels: Sequence[int]) -> None:
+    shared = collisions(entry.names)
+    if shared:
+        best = 100 * best_top1(entry.names, labels)
+        listed = ", ".join(f"{name} ({'/'.join(map(str, own))})" for name, own in shared.items())
+        benchmark.notes[f"{language} names of several classes"] = f"{listed}: top-1 is at most {best:.2f} %"
 
 
-def _names_of_column(where: str, column: str, table: Table, labels: Sequence[Any]) -> dict[int, str]:
-    names: dict[int, str] = {}
-    for row, (label, text) in enumerate(zip(labels, table.column(column), strict=True)):
-        if names.setdefault(label, text) != text:
-            raise ValueError(
-                f"{where}: {table.locate(row)} calls label {label} {text!r}, an earlier row {names[label]!r}."
-            )
-    return names
-
-
-def _no_other_keys(where: str | Path, mapping: dict[str, Any], allowed: set[str]) -> None:
-    other = sorted(set(mapping) - allowed)
-    if other:
-        raise ValueError(
-            f"{where}: unknown entry {', '.join(map(repr, other))}; known are {', '.join(sorted(allowed))}."
-        )
+def limited_labelled(data: Labelled, limit: int | None) -> Labelled:
+    """At most `limit` images, evenly spaced; all classes stay, so that it does not become easier."""
+    table = data.table.limited(limit)
+    if table is data.table:
+        return data
+    rows = [i * len(data.table) // len(table) for i in range(len(table))]
+    ids = None if data.image_ids is None else tuple(data.image_ids[row] for row in rows)
+    return replace(data, table=table, labels=[data.labels[row] for row in rows], image_ids=ids)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from eval.embed import Encoder
+from eval.models import adapt
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 WORDS = {"red": 0, "green": 1, "blue": 2, "红色": 0, "绿色": 1, "蓝色": 2}
@@ -63,7 +64,7 @@ def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def colour_encoder() -> Encoder:
-    return Encoder(ColourModel(), ColourProcessor(), batch_size=2)
+    return Encoder(adapt(ColourModel(), ColourProcessor(), name="colours"), batch_size=2)
 
 
 def png(colour: str | tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:

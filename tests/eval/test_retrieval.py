@@ -33,9 +33,9 @@ def test_scores_and_chance_by_hand(colour_encoder, file):
 
 
 def test_the_flat_dict_for_a_training_log(colour_encoder, file):
-    model, processor = colour_encoder.model, colour_encoder.processor
+    model, processor = colour_encoder.adapter.model, colour_encoder.adapter.processor
     flat = evaluate_retrieval(model, processor, [file], captions={"zh": "zh"}, batch_size=3)
-    assert len(flat) == 7 and all(type(value) is float for value in flat.values())
+    assert len(flat) == 9 and all(type(value) is float for value in flat.values())
     assert flat["colours/zh/text_to_image_R@1"] == 0.75
 
 
@@ -66,4 +66,4 @@ def test_mistakes_are_named(colour_encoder, file, write):
         score_retrieval(colour_encoder, [write("e.parquet", ["red"], de=[" "])], captions={"de": "de"})
     with pytest.raises(ValueError, match="Name a caption column"):
         score_retrieval(colour_encoder, [file], captions={})
-    assert colour_encoder.model.images_seen == 0, "mistakes must be found before anything is computed"
+    assert colour_encoder.adapter.model.images_seen == 0, "mistakes must be found before anything is computed"

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from eval.embed import Encoder
+from eval.models import adapt
 from eval.results import Score
 from eval.scenes import evaluate_scenes, score_scenes
 from training.scenes import ScenesConfig, write_scenes
@@ -58,7 +59,7 @@ def test_by_hand(colour_encoder, folder):
     assert zero_shot.counts == {"images": 2, "classes": 3}
     assert zero_shot.metrics["top-1"]["en"] == Score(1.0, pytest.approx(1 / 3))
     # The third question: both candidates score 0 on a red image.
-    assert attribute.counts == {"questions": 3}
+    assert attribute.counts == {"questions": 3, "images": 3}
     chance = pytest.approx((0.5 + 0.25 + 0.5) / 3)
     assert attribute.metrics["accuracy"] == {"zh": Score(0.5, chance), "en": Score(2.5 / 3, chance)}
     assert attribute.metrics["accuracy/colour"] == {"zh": Score(0.25, 0.5), "en": Score(0.75, 0.5)}
@@ -66,20 +67,20 @@ def test_by_hand(colour_encoder, folder):
 
 
 def test_the_flat_dict_for_a_training_log(colour_encoder, folder):
-    flat = evaluate_scenes(colour_encoder.model, colour_encoder.processor, folder)
+    flat = evaluate_scenes(colour_encoder.adapter.model, colour_encoder.adapter.processor, folder)
     assert flat["scenes/attribute/en/accuracy"] == pytest.approx(2.5 / 3)
     assert flat["scenes/retrieval/zh/text_to_image_R@1"] == 1.0
     assert all(type(value) is float for value in flat.values())
 
 
 def test_other_splits_have_no_tasks(colour_encoder, folder):
-    flat = evaluate_scenes(colour_encoder.model, colour_encoder.processor, folder, split="validation")
+    flat = evaluate_scenes(colour_encoder.adapter.model, colour_encoder.adapter.processor, folder, split="validation")
     assert {name.split("/")[1] for name in flat} == {"retrieval", "zero-shot"}
 
 
 def test_a_limit_leaves_tasks_whose_images_are_not_embedded_yet(colour_encoder, folder):
     retrieval, _, attribute = score_scenes(colour_encoder, folder, limit=2)
-    assert retrieval.counts["images"] == 2 and attribute.counts == {"questions": 2}
+    assert retrieval.counts["images"] == 2 and attribute.counts == {"questions": 2, "images": 2}
     assert attribute.metrics["accuracy"]["en"].value == 1.0
 
 
@@ -103,7 +104,7 @@ def test_on_what_training_scenes_writes(model, processor, tmp_path):
     assert all(0 <= value <= 1 for value in flat.values())
     chance = {
         benchmark.name: score["accuracy"]["zh"].chance
-        for benchmark in score_scenes(Encoder(model, processor), tmp_path / "real", limit=10)
+        for benchmark in score_scenes(Encoder(adapt(model, processor)), tmp_path / "real", limit=10)
         if "accuracy" in (score := benchmark.metrics)
     }
     assert chance == {
