@@ -111,7 +111,9 @@ class TransformersAdapter:
         Raises:
             ValueError: for an image that the processor refuses.
         """
-        inputs = self.processor(images=[to_rgb(image) for image in images], return_tensors="pt")
+        # Not through the whole processor: some (Siglip2Processor) put defaults of their own before the checkpoint's.
+        prepare = getattr(self.processor, "image_processor", self.processor)
+        inputs = prepare(images=[to_rgb(image) for image in images], return_tensors="pt")
         return self._embed(self.model.get_image_features, inputs)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -119,7 +121,8 @@ class TransformersAdapter:
         rule = TEXT_RULES[self.family.text_rule]
         limit = {} if self.family.max_length is None else {"max_length": self.family.max_length}
         settings = {"padding": self.family.padding, "truncation": True, "return_tensors": "pt", **limit}
-        inputs = dict(self.processor(text=[rule(text) for text in texts], **settings))
+        tokenize = getattr(self.processor, "tokenizer", self.processor)
+        inputs = dict(tokenize(text=[rule(text) for text in texts], **settings))
         if not self.family.mask:
             inputs.pop("attention_mask", None)
         return self._embed(self.model.get_text_features, inputs)
