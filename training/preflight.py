@@ -184,7 +184,14 @@ def build_on_meta(config: PretrainConfig) -> M2EncoderModel:
     else:
         vocab_size = len(AutoTokenizer.from_pretrained(config.tokenizer)) if config.tokenizer else config.vocab_size
         model_config = M2EncoderConfig.from_size(
-            config.size, vocab_size=vocab_size, decoder_context=config.objective.decoder_context
+            config.size,
+            vocab_size=vocab_size,
+            decoder_context=config.objective.decoder_context,
+            # Any will do, of which there are so many; the published ones would not be in a small vocabulary.
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+            mask_token_id=0,
         )
     with torch.device("meta"):
         return (M2EncoderForPreTraining if config.objective.masks else M2EncoderModel)(model_config)
