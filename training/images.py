@@ -9,7 +9,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -41,19 +41,32 @@ class UnusableImage(Exception):
     """Why an image cannot be used: `args[0]` is one of the reasons counted in a batch's `skipped`."""
 
 
-def decode_image(image: bytes | str | None, draft: tuple[int, int] | None = None) -> Image.Image:
-    """An encoded image, or the path of one, as RGB: the same pixels as the model's image processor sees.
+class Decoded(NamedTuple):
+    """An RGB image, and how much of it is the picture, in its pixels: its size, but for a fraction of the last ones."""
 
-    Args:
-        image: the file's bytes, or its path.
-        draft: (width, height) that the image will be resized to. A JPEG that is at least 2 * `DRAFT_MARGIN` times
-            larger on both sides is then decoded at 1/2, 1/4 or 1/8 of its size, never below `DRAFT_MARGIN` times the
-            target. That changes pixels: libjpeg averages blocks of frequencies where the processor's bicubic filter
-            would have averaged pixels; `benchmarks/data_streams.json` has the speed and the difference in grey levels.
+    image: Image.Image
+    extent: tuple[float, float]
+    """(width, height)."""
+
+
+def decode_image(image: bytes | str | None) -> Image.Image:
+    """An encoded image, or the path of one, as RGB: the same pixels as the model's image processor sees.
 
     Raises:
         UnusableImage: "no_image" (missing or no such file), "not_an_image" (no format PIL knows), "too_many_pixels"
             (more than MAX_PIXELS in the header) or "broken_image" (truncated, damaged, no conversion to RGB).
+    """
+    return decode(image).image
+
+
+def decode(image: bytes | str | None, target: tuple[int, int] | None = None) -> Decoded:
+    """As `decode_image`; with a `target`, in JPEG's draft mode where the image is much larger than that.
+
+    Draft mode: a JPEG that is 2 * `DRAFT_MARGIN` times as large as the target (width, height) or more, on both sides,
+    is decoded at 1/2, 1/4 or 1/8 of its size, but not below `DRAFT_MARGIN` times the target. libjpeg then averages
+    blocks of pixels which the processor's bicubic filter would have weighted: `benchmarks/data_streams.json` has the
+    difference in grey levels, and the speed. The last column and row may stand for a part of a pixel; without `extent`
+    the picture would be stretched by that, which changes pixels ten times as much.
     """
     if not image:
         raise UnusableImage("no_image")
@@ -64,9 +77,11 @@ def decode_image(image: bytes | str | None, draft: tuple[int, int] | None = None
         with opened:
             if math.prod(opened.size) > MAX_PIXELS:
                 raise UnusableImage("too_many_pixels")
-            if draft is not None and opened.format == "JPEG":
-                opened.draft(None, (DRAFT_MARGIN * draft[0], DRAFT_MARGIN * draft[1]))
-            return to_rgb(opened)
+            extent: tuple[float, float] = opened.size
+            if target is not None and opened.format == "JPEG":
+                drafted = opened.draft(None, (DRAFT_MARGIN * target[0], DRAFT_MARGIN * target[1]))
+                extent = drafted[1][2:] if drafted else extent
+            return Decoded(to_rgb(opened), extent)
     except (UnusableImage, MemoryError):
         raise
     except FileNotFoundError as error:
@@ -129,11 +144,11 @@ class PixelTransform:
                 "training would see other pixels than inference. Use M2EncoderImageProcessorPil."
             )
 
-    def __call__(self, images: Sequence[Image.Image], generators: Sequence[np.random.Generator]) -> torch.Tensor:
+    def __call__(self, images: Sequence[Decoded], generators: Sequence[np.random.Generator]) -> torch.Tensor:
         """B images and a random generator for each -> [B, 3, height, width] float32."""
         values = np.empty((len(images), 3, self.height, self.width), dtype=np.float32)
-        for place, image, generator in zip(values, images, generators, strict=True):
-            image = self._resize(*self._part(image, generator))
+        for place, decoded, generator in zip(values, images, generators, strict=True):
+            image = self._resize(*self._part(decoded, generator))
             if self.flip and generator.random() < 0.5:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if self.augment == "official":
@@ -141,10 +156,12 @@ class PixelTransform:
             self._write(place, image)
         return torch.from_numpy(values)
 
-    def _part(self, image: Image.Image, generator: np.random.Generator) -> tuple[Image.Image, Box | None]:
-        if self.augment == "official":
-            return image.crop(random_resized_crop(image.size, generator)), None
-        return image, crop_box(image.size, generator) if self.augment == "crop" else None
+    def _part(self, decoded: Decoded, generator: np.random.Generator) -> tuple[Image.Image, Box | None]:
+        image, (width, height) = decoded
+        if self.augment == "official":  # cuts first: no pixel outside has a weight
+            whole = (max(int(width), 1), max(int(height), 1))
+            return image.crop(random_resized_crop(whole, generator)), None
+        return image, crop_box((width, height), generator) if self.augment == "crop" else (0, 0, width, height)
 
     def _resize(self, image: Image.Image, box: Box | None) -> Image.Image:
         return image.resize((self.width, self.height), self.resample, box)
@@ -156,7 +173,7 @@ class PixelTransform:
             np.take(self.levels[channel], pixels[..., channel], out=place[channel], mode="clip")
 
 
-def crop_box(size: tuple[int, int], generator: np.random.Generator) -> Box:
+def crop_box(size: tuple[float, float], generator: np.random.Generator) -> Box:
     """A random (left, top, right, bottom) inside an image of (width, height) pixels: 0.8 to 1.0 of its area."""
     area, split, x, y = generator.random(4)
     area = MIN_CROP_AREA + (1 - MIN_CROP_AREA) * area

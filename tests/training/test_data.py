@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import socket
-import struct
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 from modeling_m2encoder import M2EncoderImageProcessorPil, M2EncoderProcessor
-from training.data import CaptionDataset, batches, decode_image, read_captions, resolve_files
-from training.images import PixelTransform, UnusableImage, crop_box
-from training.order import EpochOrder, language_cycle
+from tests.training.samples import BROKEN, REASONS, encoded, noise, row, write
+from training.data import CaptionDataset, batches, read_captions, resolve_files
 
 ROWS, SIDE = 22, 16
-
-
-def encoded(image: Image.Image, format: str = "PNG") -> bytes:
-    out = io.BytesIO()
-    image.save(out, format)
-    return out.getvalue()
-
-
-def noise(seed: int, width: int = 20, height: int = 14) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
-
-
-def row(i: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "image": {"bytes": encoded(noise(i)), "path": None},
-        "captions_en": [f"a red star number {i}", f"the star {i}"],
-        "captions_zh": [f"红色的星 {i}", f"星 {i}", f"第 {i} 颗星"],
-        **changes,
-    }
 
 
 @pytest.fixture(scope="module")
@@ -155,38 +123,6 @@ def test_every_caption_gets_its_turn(dataset: CaptionDataset, small: Any) -> Non
 # ---- Languages
 
 
-@pytest.mark.parametrize(
-    "weights, cycle",
-    [
-        ({"en": 1, "zh": 1}, ["en", "zh"]),
-        ({"en": 0.5, "zh": 0.5}, ["en", "zh"]),
-        ({"en": 3, "zh": 1}, ["en", "en", "zh", "en"]),
-        ({"en": 1, "zh": 2, "ja": 1}, ["zh", "en", "ja", "zh"]),
-        ({"en": 2, "zh": 0}, ["en"]),
-        ({"en": 1 / 3, "zh": 2 / 3}, ["zh", "en", "zh"]),
-    ],
-)
-def test_language_cycle_by_hand(weights: dict[str, float], cycle: list[str]) -> None:
-    assert language_cycle(weights) == cycle
-
-
-@pytest.mark.parametrize("shares", [(1, 1), (3, 1), (0.37, 0.63), (1, 2, 4)])
-def test_language_shares_of_any_slice(shares: tuple[float, ...]) -> None:
-    weights = {f"l{i}": share for i, share in enumerate(shares)}
-    endless = language_cycle(weights) * 50
-    for start in range(30):
-        for length in (1, 7, 10, 64):
-            counts = Counter(endless[start : start + length])
-            for name, share in weights.items():
-                assert abs(counts[name] - length * share / sum(shares)) < 2
-
-
-@pytest.mark.parametrize("weights", [{"en": 0}, {"en": -1, "zh": 2}, {"en": float("nan")}, {"en": float("inf")}])
-def test_language_weights_refused(weights: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="Language weights"):
-        language_cycle(weights)
-
-
 def test_language_ratio_of_every_batch(dataset: CaptionDataset, small: Any) -> None:
     for weights, english in (({"en": 1, "zh": 1}, 4), ({"en": 3, "zh": 1}, 6), ({"en": 0, "zh": 1}, 0), (None, 4)):
         for batch in batches(dataset, small, seed=0, global_batch_size=8, num_steps=6, language_weights=weights):
@@ -206,43 +142,6 @@ def test_a_missing_language_falls_back_and_is_counted(tmp_path: Path, small: Any
 
 
 # ---- Unusable rows
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims any size; grey, 8 bits, no pixels."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, b"IDAT", b"IEND")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-def damaged_png() -> bytes:
-    content = bytearray(encoded(noise(1, 64, 64)))
-    content[60:90] = bytes(30)
-    return bytes(content)
-
-
-BROKEN = {
-    "truncated": {"bytes": encoded(noise(0, 64, 64))[:4000], "path": None},
-    "damaged": {"bytes": damaged_png(), "path": None},
-    "garbage": {"bytes": b"not an image at all", "path": None},
-    "empty": {"bytes": b"", "path": None},
-    "missing": None,
-    "lost_file": {"bytes": None, "path": "/nowhere/lost.png"},
-    "bomb": {"bytes": png_header(30_000, 30_000), "path": None},  # PIL raises DecompressionBombError
-    "warning": {"bytes": png_header(10_000, 10_000), "path": None},  # PIL would only warn
-    "large": {"bytes": png_header(8_200, 8_200), "path": None},  # fine for PIL, over MAX_PIXELS
-}
-REASONS = {
-    "truncated": "broken_image",
-    "damaged": "broken_image",
-    "garbage": "not_an_image",
-    "empty": "no_image",
-    "missing": "no_image",
-    "lost_file": "no_image",
-    "bomb": "too_many_pixels",
-    "warning": "too_many_pixels",
-    "large": "too_many_pixels",
-}
 
 
 @pytest.mark.filterwarnings("error")
@@ -270,15 +169,6 @@ def test_unusable_images_are_replaced_and_counted(tmp_path: Path, small: Any, ca
     assert sum((Counter(b["skipped"]) for p in parts for b in p), Counter()) == total
 
 
-@pytest.mark.parametrize("name", list(REASONS))
-def test_reasons(name: str) -> None:
-    image = BROKEN[name]
-    source = image and (image["bytes"] if image["bytes"] is not None else image["path"])
-    with pytest.raises(UnusableImage) as caught:
-        decode_image(source)
-    assert caught.value.args[0] == REASONS[name]
-
-
 def test_data_without_a_usable_row(tmp_path: Path, small: Any) -> None:
     dataset = load(tmp_path, [row(i, image={"bytes": b"x", "path": None}) for i in range(4)])
     with pytest.raises(ValueError, match="100 rows in a row.*not_an_image"):
@@ -287,60 +177,7 @@ def test_data_without_a_usable_row(tmp_path: Path, small: Any) -> None:
         next(batches(dataset, small, seed=0, global_batch_size=2, num_steps=1, num_workers=1))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "I;16", "YCbCr", "HSV"])
-def test_every_mode_gives_the_pixels_of_the_processor(mode: str, small: Any) -> None:
-    image = noise(5).convert("L").convert(mode) if mode in ("I;16", "LA", "1") else noise(5).convert(mode)
-    kind = {"CMYK": "TIFF", "YCbCr": "TIFF", "HSV": "TIFF"}.get(mode, "PNG")
-    if mode == "HSV":
-        image = image.convert("RGB")
-    content = encoded(image, kind)
-    transform = PixelTransform(small.image_processor)
-    got = transform([decode_image(content)], [np.random.default_rng(0)])
-    expected = small(images=Image.open(io.BytesIO(content)), return_tensors="pt").pixel_values
-    assert torch.equal(got, expected)
-
-
 # ---- Pixels
-
-
-@pytest.mark.parametrize("size", [(1, 1), (SIDE, SIDE), (300, 7), (33, 64)])
-def test_pixels_equal_the_processor(size: tuple[int, int], small: Any) -> None:
-    image = noise(7, *size)
-    got = PixelTransform(small.image_processor)([image], [np.random.default_rng(0)])
-    assert torch.equal(got, small(images=image, return_tensors="pt").pixel_values)
-
-
-def test_other_normalisation_and_resampling() -> None:
-    processor = M2EncoderImageProcessorPil(
-        size={"height": 12, "width": 10}, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7], resample=2
-    )
-    got = PixelTransform(processor)([noise(3)], [np.random.default_rng(0)])
-    assert got.shape == (1, 3, 12, 10)
-    assert torch.equal(got, processor(images=noise(3), return_tensors="pt").pixel_values)
-
-
-def test_a_processor_that_does_more_is_refused() -> None:
-    class Inverting(M2EncoderImageProcessorPil):
-        def resize(self, image: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
-            return 255 - super().resize(image, *args, **kwargs)
-
-    with pytest.raises(ValueError, match="Inverting does not give the pixels"):
-        PixelTransform(Inverting(size={"height": 8, "width": 8}))
-    with pytest.raises(ValueError, match="fixed height and width"):
-        PixelTransform(M2EncoderImageProcessorPil(size={"shortest_edge": 8}))
-    with pytest.raises(ValueError, match="augment must be one of none, crop"):
-        PixelTransform(M2EncoderImageProcessorPil(), augment="cutout")
-
-
-def test_crops_keep_four_fifths_of_the_image() -> None:
-    areas, widths = [], []
-    for seed in range(500):
-        left, top, right, bottom = crop_box((200, 100), np.random.default_rng(seed))
-        assert 0 <= left < right <= 200 + 1e-9 and 0 <= top < bottom <= 100 + 1e-9
-        areas.append((right - left) * (bottom - top) / 20_000)
-        widths.append((right - left) / 200)
-    assert min(areas) >= 0.8 - 1e-9 and max(areas) <= 1 and abs(np.mean(areas) - 0.9) < 0.01
-    assert min(widths) < 0.85 and max(widths) > 0.99
 
 
 def test_augmentation(dataset: CaptionDataset, small: Any) -> None:
@@ -482,23 +319,3 @@ def test_no_progress_bars(tmp_path: Path, rows: list[dict[str, Any]], capsys: py
 def test_bad_arguments(dataset: CaptionDataset, small: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batches(dataset, small, **{"seed": 0, "global_batch_size": 8, "num_steps": 1, **changes})
-
-
-def test_order_is_known_for_any_position() -> None:
-    order = EpochOrder(7, seed=5)
-    epoch = [order[10**9 * 7 + i] for i in range(7)]  # far away costs nothing
-    assert sorted(epoch) == list(range(7))
-    assert [pickle.loads(pickle.dumps(order))[10**9 * 7 + i] for i in range(7)] == epoch
-    # The numbers themselves: a change here would break every resumed run.
-    assert [order[i] for i in range(7)] == np.random.default_rng((5, 0, 0)).permutation(7).tolist()
-
-
-def test_neighbours_stay_together_in_any_order() -> None:
-    order = EpochOrder(10, seed=3, neighbours=4)  # families 0-3, 4-7, and 8-9, which is a short one
-    for epoch in range(20):
-        rows = [order[epoch * 10 + i] for i in range(10)]
-        assert sorted(rows) == list(range(10))
-        families = [row // 4 for row in rows]
-        assert [a for a, b in zip(families, [None, *families], strict=False) if a != b] == list(dict.fromkeys(families))
-    # The language goes by the position: every row must come at even and at odd ones.
-    assert {(order[i], i % 2) for i in range(1000)} == {(row, parity) for row in range(10) for parity in range(2)}
