@@ -6,7 +6,7 @@ with its place:
 - "unreadable_shard": gone, refused, no parquet, no such column, or still failing after `RETRY_WAITS`; what is left of
   it is skipped.
 - "damaged_row_group": pages that cannot be decompressed or decoded; the next row group goes on.
-- "truncated_shard": a tar that ends inside a member (the complete samples before are used).
+- "truncated_shard": a tar without its end mark; the complete samples before are used.
 - "damaged_member": a tar header whose checksum is wrong; reading goes on at the next header that is right.
 - "oversized_member": larger than MAX_MEMBER_BYTES (text: MAX_TEXT_BYTES); never read.
 - "duplicate_member": the same name twice in a row; the first is used.
@@ -178,7 +178,7 @@ def _read_tar(file: BinaryIO, start: int, fields: Fields, note: Note, local: boo
             note("duplicate_member", f"{member.name!r} at byte {member.begin}")
         elif own is not None and extension in limits:
             group[extension] = member.data
-        after = member.after
+        after = _padded(member.end)
     row = _sample(group, fields, note, even_in_part=True)
     if row is not None:
         yield Found(begin, after, row)
@@ -190,7 +190,7 @@ def _sample(group: Mapping[str, bytes | None], fields: Fields, note: Note, even_
     image = group.get(fields.image_column) or next((group[e] for e in IMAGE_EXTENSIONS if group.get(e)), None)
     try:
         texts = {name: (group.get(name) or b"").decode("utf-8") for name in fields.text_extensions() if name in group}
-        values = json.loads(texts.pop("json")) if group.get("json") else {}
+        values = json.loads(texts.pop("json")) if group.get("json") is not None else {}
         if not isinstance(values, dict):
             raise ValueError(f"an object was expected, not {type(values).__name__}")
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -213,7 +213,8 @@ def _is_captions(value: Any) -> bool:
 class _Member:
     begin: int
     """The byte where its first header starts."""
-    after: int
+    end: int
+    """Of its data."""
     name: str | None
     """None: the archive is damaged here."""
     data: bytes | None = None
@@ -225,7 +226,7 @@ def _members(tape: _Tape, limits: Mapping[str, int], note: Note) -> Iterator[_Me
         if header.name is None:
             yield header
             continue
-        size = header.after - tape.position
+        size = header.end - tape.position
         limit = limits.get(header.name.rpartition("/")[2].partition(".")[2].lower(), -1)
         if size > limit:
             if limit >= 0:
@@ -237,7 +238,7 @@ def _members(tape: _Tape, limits: Mapping[str, int], note: Note) -> Iterator[_Me
             note("truncated_shard", f"ends inside the member at byte {header.begin}")
             yield _Member(header.begin, tape.position, None)
             return
-        yield _Member(header.begin, header.after, header.name, data)
+        yield _Member(header.begin, header.end, header.name, data)
 
 
 def _headers(tape: _Tape, note: Note) -> Iterator[_Member]:
@@ -271,11 +272,11 @@ def _headers(tape: _Tape, note: Note) -> Iterator[_Member]:
             extended |= _EXTENDED[kind](tape.read(min(size, MAX_TEXT_BYTES)))
         elif kind in _REGULAR:
             yield _Member(begin, end, name)
-        tape.go_to(-(-end // _BLOCK) * _BLOCK)
+        tape.go_to(_padded(end))
         if kind not in _EXTENDED:
             begin, extended = tape.position, {}
-    if block or lost:
-        note("truncated_shard", f"ends at byte {tape.position}")
+    note("truncated_shard", f"ends at byte {tape.position} without an end mark")
+    yield _Member(begin, tape.position, None)
 
 
 def _parse(block: bytes) -> tuple[str, int, bytes]:
@@ -295,6 +296,10 @@ def _parse(block: bytes) -> tuple[str, int, bytes]:
         raise ValueError(f"a size of {info.size}")
     has_data = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES or info.type in _EXTENDED or info.type in b"gK"
     return info.name, info.size if has_data else 0, info.type
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def _gnu_name(data: bytes) -> dict[str, Any]:
