@@ -7,12 +7,19 @@ A preset's name is the first word of the command: `python -m training.pretrain n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from .bank import BankPlan, plan_bank
+from transformers import AutoConfig
+
+from modeling_m2encoder import M2EncoderConfig
+
+from .bank import BankPlan
+from .images import Augmentation
 from .masking import MaskingConfig
+from .schedule import Phase, ScheduleConfig, plan_banks, plan_phases
+from .sharding import ShardingConfig
 
 # Pairs seen in the paper's pretraining, of either size.
 PAPER_SAMPLES = 9_000_000_000
@@ -23,14 +30,19 @@ class DataConfig:
     """Where the pairs come from."""
 
     files: tuple[str, ...] = ()
-    """Parquet files, globs or folders."""
+    """Parquet or tar shards: local paths, globs and folders, URLs, ids on the Hub, see `training.data.open_source`."""
+    streaming: Literal["auto", "on", "off"] = "auto"
+    """Read in order with a window shuffled, for what cannot be indexed; `auto`: all but local parquet files."""
+    shuffle_window: int = 4096
+    """Undecoded samples that each worker shuffles together when streaming."""
     image_column: str = "image"
     captions: dict[str, str] = field(default_factory=dict)
     """Language -> column of one caption or a list of captions per image; the scenes' columns unless given."""
     language_weights: dict[str, float] = field(default_factory=dict)
     """Share of each language in every global batch; equal shares unless given (the paper's corpus is about 1:1)."""
-    augment: Literal["none", "crop"] = "none"
-    """`crop`: random resized crop of 0.8 to 1.0 of the area, as the official training transform does."""
+    augment: Augmentation = "none"
+    """`crop`: random resized crop of 0.8 to 1.0 of the area; `official`: the published training transform, a crop, a
+    flip and RandAugment."""
     flip: bool = False
     """Mirror half of the images; wrong for captions that say left and right."""
     neighbours: int = 1
@@ -102,19 +114,6 @@ class ITCConfig:
 
 
 @dataclass(frozen=True)
-class ShardingConfig:
-    """How the model lies on the GPUs, see `training.sharding`."""
-
-    strategy: Literal["ddp", "fsdp", "hsdp", "hpz"] = "ddp"
-    """Replicated; sharded over all GPUs; sharded inside a group of GPUs and replicated across (the practical form of
-    PaRO); sharded over all GPUs with a second copy inside a node for the backward pass."""
-    shard_size: int | None = None
-    """GPUs of one shard group of hsdp and hpz; those of a node unless given."""
-    compile: bool = False
-    """torch.compile each layer."""
-
-
-@dataclass(frozen=True)
 class CheckpointConfig:
     """What a killed run can go on from: `OUTPUT_DIR/checkpoints/step_00000100`."""
 
@@ -157,6 +156,7 @@ class PretrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     itc: ITCConfig = ITCConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     sharding: ShardingConfig = ShardingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -176,8 +176,8 @@ class PretrainConfig:
     trackers: tuple[str, ...] = ()
     """Accelerate trackers beside `log.jsonl`, e.g. tensorboard, wandb, trackio."""
 
-    def check(self, num_processes: int, gpus_per_node: int = 1) -> BankPlan:
-        """Refuses impossible settings before anything is written, and works out the bank.
+    def check(self, num_processes: int, gpus_per_node: int = 1) -> tuple[tuple[Phase, ...], tuple[BankPlan, ...]]:
+        """Refuses impossible settings before anything is written; gives the phases of the run and the bank of each.
 
         Args:
             num_processes: n, processes in all, one per GPU.
@@ -189,7 +189,7 @@ class PretrainConfig:
         if not self.output_dir:
             raise ValueError("Say where to write: --output-dir runs/NAME.")
         if not self.data.files:
-            raise ValueError("Say what to train on: --data.files FILES (parquet files, globs or folders).")
+            raise ValueError("Say what to train on: --data.files FILES (parquet or tar files, globs, folders, URLs).")
         for name in ("cmlm_weight", "cmim_weight"):
             if getattr(self.objective, name) < 0:
                 raise ValueError(f"objective.{name} must be 0 or more, got {getattr(self.objective, name)}.")
@@ -209,26 +209,50 @@ class PretrainConfig:
                 "checkpoint.every must be 0 or more and checkpoint.keep 1 or more, got "
                 f"{self.checkpoint.every} and {self.checkpoint.keep}."
             )
-        return self._check_bank(num_processes, gpus_per_node)
+        self.sharding.check(num_processes)
+        return self._check_phases(num_processes, gpus_per_node)
 
-    def _check_bank(self, num_processes: int, gpus_per_node: int) -> BankPlan:
-        itc = self.itc
-        if itc.bank_steps < 1 or not 0 <= itc.retain <= itc.bank_steps:
-            raise ValueError(
-                f"itc.retain must lie in [0, itc.bank_steps], and that be 1 or more, got retain {itc.retain} and "
-                f"bank_steps {itc.bank_steps}."
-            )
-        if itc.tile < 1:
-            raise ValueError(f"itc.tile must be at least 1, got {itc.tile}.")
-        return plan_bank(
+    def _check_phases(self, num_processes: int, gpus_per_node: int) -> tuple[tuple[Phase, ...], tuple[BankPlan, ...]]:
+        itc, model = self.itc, self.model_config()
+        phases = plan_phases(
+            self.schedule,
+            steps=self.steps,
+            image_size=model.image_size,
+            patch_size=model.patch_size,
+            bank_steps=itc.bank_steps,
+        )
+        banks = plan_banks(
+            phases,
             num_processes,
             batch_size=self.batch_size,
-            bank_steps=itc.bank_steps,
             group_size=itc.group_size,
             group_nodes=itc.group_nodes,
             bank_size=itc.bank_size,
             gpus_per_node=gpus_per_node,
         )
+        smallest = min(bank.bank_steps for bank in banks)
+        if not 0 <= itc.retain <= smallest:
+            raise ValueError(f"itc.retain must lie in [0, bank_steps = {smallest}], got {itc.retain}.")
+        if itc.tile < 1:
+            raise ValueError(f"itc.tile must be at least 1, got {itc.tile}.")
+        return phases, banks
+
+    def model_config(self, **values: Any) -> M2EncoderConfig:
+        """Of the model that will be trained; `values` come from the tokenizer, where there is one already.
+
+        Raises:
+            ValueError: for a size that does not exist.
+        """
+        values |= {
+            "drop_path_rate": self.drop_path_rate,
+            "decoder_context": self.objective.decoder_context,
+            "normalize_pixels": self.objective.normalize_pixels,
+        }
+        if self.init_from:
+            return AutoConfig.from_pretrained(self.init_from, **values)
+        # The default ids are those of the published tokenizer, which a small vocabulary does not have.
+        unknown = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"))
+        return M2EncoderConfig.from_size(self.size, **{**unknown, **values})
 
 
 def nano() -> PretrainConfig:
@@ -253,11 +277,11 @@ def base_0_4b() -> PretrainConfig:
     """The 0.4B model with the settings that the paper gives.
 
     The paper's: 131,072 pairs per optimizer step and 32,768 per contrastive loss, LAMB with betas 0.9 and 0.98, epsilon
-    1e-6 and weight decay 0.05 (Table 10); 9 B samples in all; the weights 0.3 of both masked losses (section 2);
-    224-pixel images; random resized crop of 0.8 to 1.0 (the official training transform).
-    Ours, because the paper and the official code do not say it, or nobody here has seen it: learning rate, warm-up and
-    decay, clipping of gradients, masking ratios (see `MaskingConfig`), sharding and `bank_steps`; and no flips, because
-    captions say left and right.
+    1e-6 and weight decay 0.05 (Table 10); 9 B samples in all; the weights 0.3 of both masked losses (section 2). From
+    the official code: 224-pixel images and their training transform, which also flips them, captions of left and right
+    or not; and whole-word masking.
+    Ours, because neither says it or nobody here has seen it: learning rate, warm-up and decay, clipping of gradients,
+    masking ratios (see `MaskingConfig`), sharding and `bank_steps`.
     """
     return PretrainConfig(
         size="0.4B",
@@ -266,7 +290,7 @@ def base_0_4b() -> PretrainConfig:
         itc=ITCConfig(bank_size=32_768),
         checkpoint=CheckpointConfig(every=500, keep=3),
         resume="auto",
-        data=DataConfig(augment="crop", num_workers=8),
+        data=DataConfig(augment="official", num_workers=8),
         batch_size=131_072,
         steps=_steps_of(PAPER_SAMPLES, 131_072),
         log_every=20,
@@ -317,8 +341,10 @@ def huge_10b_smoke() -> PretrainConfig:
 
 
 def _smoke(preset: PretrainConfig) -> PretrainConfig:
-    """Four steps of nano's model along the code path of a preset, on any even number of CPU processes or on one."""
-    grouped = preset.itc.bank_size is not None
+    """Four steps of nano's model along the code path of a preset, on one CPU process or any even number of them."""
+    grouped, sharding = preset.itc.bank_size is not None, preset.sharding
+    if sharding.strategy == "hsdp":  # which needs four processes; in one group it is this
+        sharding = dataclasses.replace(sharding, strategy="fsdp")
     return dataclasses.replace(
         preset,
         size="nano",
@@ -327,8 +353,9 @@ def _smoke(preset: PretrainConfig) -> PretrainConfig:
         vocab_size=500,
         log_every=1,
         optimizer=dataclasses.replace(preset.optimizer, warmup_steps=2),
-        # One GPU per group instead of one bank size: as many groups as processes, and a single process has one.
+        # A GPU per group instead of a bank's size: as many groups as processes, and a single process has one.
         itc=dataclasses.replace(preset.itc, bank_size=None, group_size=1 if grouped else None),
+        sharding=sharding,
         checkpoint=dataclasses.replace(preset.checkpoint, every=2 if preset.checkpoint.every else 0),
         data=dataclasses.replace(preset.data, num_workers=0),
     )
@@ -351,3 +378,16 @@ PRESETS: dict[str, Callable[[], PretrainConfig]] = {
         huge_10b_smoke,
     )
 }
+
+
+def flat_settings(config: PretrainConfig) -> dict[str, Any]:
+    """The settings as one level of JSON values: {"data.files": [...], "steps": 1000, ...}."""
+
+    def flatten(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                yield from flatten(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, list(value) if isinstance(value, tuple) else value
+
+    return dict(flatten(dataclasses.asdict(config), ""))

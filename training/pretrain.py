@@ -3,248 +3,269 @@
     python -m training.pretrain nano --output-dir runs/a --data.files runs/scenes/train-*.parquet
     torchrun --nproc_per_node 2 -m training.pretrain nano ...      (or: accelerate launch -m training.pretrain nano ...)
 
-Writes OUTPUT_DIR/log.jsonl (one object per logged step), OUTPUT_DIR/config.json and OUTPUT_DIR/model (for
-from_pretrained).
+Writes OUTPUT_DIR/log.jsonl (one object per logged step), OUTPUT_DIR/config.json, OUTPUT_DIR/checkpoints (to go on from,
+with --checkpoint.every N and --resume auto) and OUTPUT_DIR/model (for from_pretrained).
+
+Shapes: B pairs of one micro-batch, k micro-batches of one step on each process.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
 import math
 import sys
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoProcessor, AutoTokenizer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from eval.retrieval import evaluate_retrieval
 from eval.scenes import evaluate_scenes
-from modeling_m2encoder import (
-    M2EncoderConfig,
-    M2EncoderForPreTraining,
-    M2EncoderImageProcessorPil,
-    M2EncoderModel,
-    M2EncoderProcessor,
-)
+from modeling_m2encoder import M2EncoderConfig, M2EncoderProcessor
 
-from .checkpoint import export
-from .configs import PRESETS, ObjectiveConfig, PretrainConfig
-from .data import CaptionDataset, batches
-from .losses import grouped_itc_loss
-from .masking import Masker, describe_vocabulary
-from .optim import build_optimizer, warmup_cosine
+from .bank import MicroBatchOutput, banked_backward
+from .build import (
+    Trainee,
+    build_processor,
+    build_trainee,
+    claim_output_dir,
+    gpus_per_node,
+    make_accelerator,
+    open_pairs,
+    open_stream,
+    print_plan,
+)
+from .checkpoint import check_settings, export, find_checkpoint, forget_later, load_checkpoint, save_checkpoint
+from .configs import PRESETS, ObjectiveConfig, PretrainConfig, flat_settings
+from .flops import training_flops
+from .optim import warmup_cosine
 from .run_log import RunLog
-from .tokenizer import train_tokenizer
+from .schedule import Phase, phase_at
+from .sharding import Distributed
 
 # CLIP (arXiv 2103.00020, section 2.5): the temperature is kept from sharpening beyond 1/100.
 MAX_LOGIT_SCALE = math.log(100)
-# Enough for any vocabulary of a few thousand pieces; learning one takes 0.1 ms per caption.
-TOKENIZER_CAPTIONS = 100_000
+# What the model is called with; a batch holds more.
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "text_mask", "patch_mask", "kept_patches")
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Runs one pretraining and returns the exported folder.
+    """Runs one pretraining, or what is left of it, and returns the exported folder.
 
     Raises:
-        ValueError: for impossible settings, missing columns or files.
+        ValueError: for impossible settings, missing columns or files, or a checkpoint that does not fit.
     """
     # ---- Parts
     accelerator = make_accelerator(config)
-    config.check(accelerator.num_processes)
+    phases, banks = config.check(accelerator.num_processes, gpus_per_node())
+    print_plan(config, accelerator)
+    source = open_pairs(config)
+    output_dir, settings = Path(config.output_dir), flat_settings(config) | {"bank_size": banks[0].bank_size}
+    checkpoint = find_checkpoint(config.resume, output_dir / "checkpoints")
+    start = checkpoint.step if checkpoint else 0
+    if checkpoint:
+        check_settings(checkpoint, settings)
+    claim_output_dir(config, accelerator, checkpoint)
     set_seed(config.seed)
-    output_dir = claim_output_dir(config, accelerator)
-    dataset = CaptionDataset(
-        config.data.files, image_column=config.data.image_column, captions=config.data.caption_columns
-    )
-    model, processor = build_model(config, dataset, output_dir, accelerator)
-    settings = config.optimizer
-    optimizer = build_optimizer(model, settings.name, settings.lr, settings.betas, settings.eps, settings.weight_decay)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    log = RunLog(accelerator, output_dir, steps=config.steps, batch_size=config.batch_size)
-    stream = batches(
-        dataset,
-        processor,
-        seed=config.seed,
-        global_batch_size=config.batch_size,
-        # Not through accelerator.prepare: the stream already gives each process its own share of every batch.
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_steps=config.steps,
-        num_workers=config.data.num_workers,
-        language_weights=config.data.language_weights or None,
-        augment=config.data.augment,
-        flip=config.data.flip,
-        neighbours=config.data.neighbours,
-        masker=build_masker(config.objective, model, processor),
-    )
+    processor = build_processor(config, source.captions, accelerator, checkpoint)
+    phase, group = phase_at(phases, max(start, 1)), banks[0].make_group()
+    trainee = build_trainee(config, processor, accelerator, phase.sharing)
+    set_seed(config.seed, device_specific=True)  # drop-path of its own on every rank
+    position, skipped = load_checkpoint(checkpoint, trainee) if checkpoint else (None, {})
+    forget_later(output_dir / "checkpoints", start)
+    stream = open_stream(config, source, processor, accelerator, phase, position)
+    log = RunLog(accelerator, output_dir, config.steps, config.batch_size, start, skipped)
 
     # ---- Loop
-    wrapped.train()
-    for step, batch in enumerate(stream, start=1):
-        lr = settings.lr * warmup_cosine(step, settings.warmup_steps, config.steps, settings.min_lr_ratio)
-        metrics = train_step(accelerator, wrapped, optimizer, batch, config.objective, lr, settings.max_grad_norm)
-        log.count_skipped(batch["skipped"])
+    for step in range(start + 1, config.steps + 1):
+        if step not in phase:
+            phase = phase_at(phases, step)
+            trainee = trainee.with_sharing(phase.sharing, config, processor, accelerator)
+            stream = open_stream(config, source, processor, accelerator, phase, stream.state_dict())
+        with log.waiting_for_data():
+            batch = next(stream)
         last = step == config.steps
         evaluating = config.evaluation.every > 0 and (step % config.evaluation.every == 0 or last)
-        if evaluating or last or step % config.log_every == 0 or step == 1:
-            record = {**metrics, "lr": lr, "samples_per_second": log.samples_per_second(step)}
-            if evaluating:
-                record |= evaluate(config, accelerator, wrapped, processor)
-            log.write(step, record)
+        logging = evaluating or last or step % config.log_every == 0 or step == 1
+        lr = learning_rate(config, phase, step)
+        metrics = train_step(
+            trainee, batch, config, accelerator, bank_steps=phase.bank_steps, group=group, lr=lr, norms=logging
+        )
+        log.count(batch["skipped"], step_flops(trainee.distributed.module.config, batch))
+        if logging:
+            with log.paused():
+                scores = evaluate(config, accelerator, trainee.distributed, processor) if evaluating else {}
+            log.write(step, {**metrics, "lr": lr, **scores})
+        if config.checkpoint.every and (step % config.checkpoint.every == 0 or last):
+            with log.paused():
+                log.sync()
+                save_checkpoint(
+                    output_dir / "checkpoints",
+                    step,
+                    trainee,
+                    settings=settings,
+                    position=stream.state_dict(),
+                    skipped=log.skipped,
+                    keep=config.checkpoint.keep,
+                )
     log.close()
 
     # ---- Result
     folder = output_dir / "model"
+    whole = trainee.distributed.full_copy()
     if accelerator.is_main_process:
-        export(accelerator.unwrap_model(wrapped), processor, folder)
+        export(whole, processor, folder)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
 
 
 def train_step(
+    trainee: Trainee,
+    batch: Mapping[str, Any],
+    config: PretrainConfig,
     accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, Any],
-    objective: ObjectiveConfig,
+    *,
+    bank_steps: int,
+    group: dist.ProcessGroup | None = None,
     lr: float,
-    max_grad_norm: float,
-) -> dict[str, torch.Tensor]:
-    """One optimizer step over the global batch: loss over all processes, clipped gradients, clamped temperature.
+    norms: bool = True,
+) -> dict[str, Tensor]:
+    """One optimizer step over the global batch: the bank's gradients, clipped, and the temperature clamped.
 
-    Returns this process's losses (the global batch's are their means over processes), `logit_scale` and `grad_norm`,
-    left on the device so that nothing waits for them here.
+    This rank's part of the batch runs in k = `bank_steps` micro-batches, one after the other.
+
+    Returns:
+        This process's losses (the global batch's are their means over the processes), `logit_scale`, `grad_norm`, and
+        with `norms` the 2-norms of all trainable parameters and of the step they have taken; left on the device, so
+        that nothing waits for them here.
     """
-    names = ("input_ids", "attention_mask", "pixel_values", "text_mask", "patch_mask")
-    inputs = {name: batch[name].to(accelerator.device, non_blocking=True) for name in names if name in batch}
-    output = model(**inputs)
-    logit_scale = accelerator.unwrap_model(model).logit_scale
-    loss = itc = grouped_itc_loss(output.image_embeds, output.text_embeds, logit_scale)
-    parts = {"loss_itc": itc.detach()}
-    if "patch_mask" in inputs:  # every image hides the same number of patches
-        loss = loss + objective.cmim_weight * output.loss_cmim
-        parts["loss_cmim"] = output.loss_cmim.detach()
-    if "text_mask" in inputs:
-        # The mean over all masked tokens, wherever they are: each process has its own number of them.
-        hidden = inputs["text_mask"].sum()
-        cmlm = output.loss_cmlm * hidden / accelerator.reduce(hidden.float(), "mean").clamp(min=1)
-        loss = loss + objective.cmlm_weight * cmlm
-        parts["loss_cmlm"] = cmlm.detach()
-    accelerator.backward(loss)
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    distributed, optimizer = trainee.distributed, trainee.optimizer
+    logit_scale = distributed.module.logit_scale
+    micro_batches = split_batch(batch, bank_steps, accelerator)
+    losses = banked_backward(
+        partial(model_step, distributed.model, config.objective, compute_dtype(accelerator)),
+        micro_batches,
+        logit_scale,
+        retain=config.itc.retain,
+        group=group,
+        tile=config.itc.tile,
+        no_sync=distributed.no_sync,
+    )
+    metrics = {**losses, "grad_norm": distributed.clip_grad_norm_(config.optimizer.max_grad_norm)}
+    for param_group in optimizer.param_groups:
+        param_group["lr"] = lr
+    # Copies are cheap here: the activations' memory is free again.
+    before = [parameter.detach().clone() for parameter in distributed.parameters] if norms else []
     optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():
-        logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-    return {"loss": loss.detach(), **parts, "logit_scale": logit_scale.detach().clone(), "grad_norm": grad_norm}
+        (logit_scale.to_local() if isinstance(logit_scale, DTensor) else logit_scale).clamp_(max=MAX_LOGIT_SCALE)
+        if norms:
+            metrics["param_norm"] = total_norm(distributed.parameters)
+            steps = zip(before, distributed.parameters, strict=True)
+            metrics["update_norm"] = total_norm([old.sub_(parameter) for old, parameter in steps])
+        metrics["logit_scale"] = whole_tensor(logit_scale).clone()
+    return metrics
 
 
-def build_masker(objective: ObjectiveConfig, model: M2EncoderModel, processor: M2EncoderProcessor) -> Masker | None:
-    """What draws the masks of the losses that have a weight; None if none has."""
-    if not objective.masks:
-        return None
-    return Masker(
-        objective.masking,
-        describe_vocabulary(processor.tokenizer) if objective.cmlm_weight else None,
-        (model.config.image_size // model.config.patch_size) ** 2 if objective.cmim_weight else 0,
+def split_batch(batch: Mapping[str, Any], bank_steps: int, accelerator: Accelerator) -> list[dict[str, Tensor]]:
+    """This rank's batch as k micro-batches of consecutive pairs, on the device.
+
+    Each holds `cmlm_share` [1] as well, if texts are masked: its masked tokens, compared with the mean of all
+    micro-batches of all ranks. Weighted so, L_CMLM is the mean over all masked tokens, wherever they are; the paper
+    does not say whether it takes this or the mean of the micro-batches' means.
+    """
+    inputs = {name: batch[name].to(accelerator.device, non_blocking=True) for name in MODEL_INPUTS if name in batch}
+    if "text_mask" in inputs:
+        hidden = torch.stack([part.sum() for part in inputs["text_mask"].chunk(bank_steps)]).float()
+        mean = accelerator.reduce(hidden.mean(), "mean")
+        inputs["cmlm_share"] = hidden / mean.clamp(min=1)
+    parts = {name: value.chunk(bank_steps) for name, value in inputs.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+def model_step(
+    model: torch.nn.Module,
+    objective: ObjectiveConfig,
+    dtype: torch.dtype,
+    micro_batch: Mapping[str, Tensor],
+    with_auxiliary: bool,
+) -> MicroBatchOutput:
+    """The features of one micro-batch, and in the pass with gradients its masked losses: `training.bank.ModelStep`."""
+    inputs = dict(micro_batch)
+    share = inputs.pop("cmlm_share", None)
+    if not with_auxiliary:
+        inputs.pop("text_mask", None), inputs.pop("patch_mask", None)
+    output = model(**inputs, interpolate_pos_encoding=True)
+    losses = {}
+    if "patch_mask" in inputs:  # every image hides the same number of patches
+        losses["loss_cmim"] = output.loss_cmim
+    if "text_mask" in inputs:
+        losses["loss_cmlm"] = output.loss_cmlm * share.squeeze()
+    weights = {"loss_cmim": objective.cmim_weight, "loss_cmlm": objective.cmlm_weight}
+    return MicroBatchOutput(
+        # Gathered in the dtype that they were computed in; the loss is fp32 again.
+        output.image_embeds.to(dtype),
+        output.text_embeds.to(dtype),
+        sum(weights[name] * loss for name, loss in losses.items()) if losses else None,
+        {name: loss.detach() for name, loss in losses.items()},
     )
 
 
-def make_accelerator(config: PretrainConfig) -> Accelerator:
-    """The Accelerator of this process, on the CPU where there is no accelerator."""
-    on_cpu = not torch.accelerator.is_available()
-    precision = config.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-    accelerator = Accelerator(
-        cpu=on_cpu, mixed_precision=precision, log_with=list(config.trackers) or None, project_dir=config.output_dir
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Of activations and features."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
+def learning_rate(config: PretrainConfig, phase: Phase, step: int) -> float:
+    """Of update number `step`, counted from 1."""
+    settings = config.optimizer
+    factor = warmup_cosine(step, settings.warmup_steps, config.steps, settings.min_lr_ratio)
+    return settings.lr * factor * phase.lr_factor(step)
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all tensors together, 0-d; of the whole ones where they are sharded."""
+    return whole_tensor(torch.nn.utils.get_total_norm(tensors))
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def step_flops(config: M2EncoderConfig, batch: Mapping[str, Any]) -> float:
+    """Of this rank's part of a step."""
+    masked = batch["text_mask"].sum().item() if "text_mask" in batch else None
+    height, width = batch["pixel_values"].shape[-2:]
+    patches = (height // config.patch_size) * (width // config.patch_size)
+    return training_flops(
+        config, *batch["input_ids"].shape, patches=patches, masked_tokens=masked, masked_images="patch_mask" in batch
     )
-    if config.trackers:
-        accelerator.init_trackers("m2encoder", config=_flat(dataclasses.asdict(config)))
-    return accelerator
-
-
-def claim_output_dir(config: PretrainConfig, accelerator: Accelerator) -> Path:
-    """Makes the run's folder and writes its settings; refuses one that holds a run already."""
-    output_dir = Path(config.output_dir)
-    taken = (output_dir / "log.jsonl").exists() or (output_dir / "model").exists()
-    accelerator.wait_for_everyone()  # all look before one writes
-    if taken:
-        raise ValueError(f"{output_dir} already holds a run: choose another --output-dir, or delete it.")
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
-        (output_dir / "config.json").write_text(text + "\n", encoding="utf-8")
-    accelerator.wait_for_everyone()
-    return output_dir
-
-
-def build_model(
-    config: PretrainConfig, dataset: CaptionDataset, output_dir: Path, accelerator: Accelerator
-) -> tuple[M2EncoderModel, M2EncoderProcessor]:
-    """The model and its processor: those of `init_from`, or new ones of `size` with the given or a new tokenizer."""
-    objective = config.objective
-    if config.init_from:
-        model_config = AutoConfig.from_pretrained(config.init_from)
-        model_config.drop_path_rate = config.drop_path_rate
-        auto_class = AutoModelForPreTraining if objective.masks else AutoModel
-        model = auto_class.from_pretrained(config.init_from, config=model_config, dtype=torch.float32)
-        processor = AutoProcessor.from_pretrained(config.init_from)
-    else:
-        folder = config.tokenizer or str(output_dir / "tokenizer")
-        if not config.tokenizer:
-            if accelerator.is_main_process:
-                captions = itertools.islice(dataset.captions(), TOKENIZER_CAPTIONS)
-                train_tokenizer(captions, config.vocab_size).save_pretrained(folder)
-            accelerator.wait_for_everyone()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model_config = M2EncoderConfig.from_size(
-            config.size,
-            vocab_size=len(tokenizer),
-            drop_path_rate=config.drop_path_rate,
-            bos_token_id=tokenizer.cls_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            mask_token_id=tokenizer.mask_token_id,
-        )
-        model = (M2EncoderForPreTraining if objective.masks else M2EncoderModel)(model_config)
-        side = model_config.image_size
-        processor = M2EncoderProcessor(M2EncoderImageProcessorPil(size={"height": side, "width": side}), tokenizer)
-    if objective.masks:
-        # Parameters without a gradient would keep DDP waiting for them.
-        heads = model.pretraining_heads
-        if not objective.cmlm_weight:
-            for module in (heads.image_to_text_decoder, heads.text_head):
-                module.requires_grad_(False)
-        if not objective.cmim_weight:
-            for module in (heads.text_to_image_decoder, heads.pixel_head, heads.mask_token):
-                module.requires_grad_(False)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model, processor
 
 
 def evaluate(
-    config: PretrainConfig, accelerator: Accelerator, model: torch.nn.Module, processor: M2EncoderProcessor
+    config: PretrainConfig, accelerator: Accelerator, distributed: Distributed, processor: M2EncoderProcessor
 ) -> dict[str, float]:
-    """Retrieval scores on held-out data, on the main process while the others wait."""
+    """Retrieval scores on held-out data, on the main process while the others wait.
+
+    A sharded model is whole on no process: all compute the same together, layer by layer.
+    """
     scores: dict[str, float] = {}
-    if accelerator.is_main_process:
-        bare, settings = accelerator.unwrap_model(model), config.evaluation
+    if accelerator.is_main_process or distributed.strategy != "ddp":
+        model, settings = distributed.module, config.evaluation
         if settings.scenes:
-            scores |= evaluate_scenes(bare, processor, settings.scenes, split="validation", limit=settings.limit)
+            scores |= evaluate_scenes(model, processor, settings.scenes, split="validation", limit=settings.limit)
         if settings.retrieval:
             scores |= evaluate_retrieval(
-                bare,
+                model,
                 processor,
                 settings.retrieval,
                 image_column=config.data.image_column,
@@ -253,17 +274,6 @@ def evaluate(
             )
     accelerator.wait_for_everyone()
     return scores
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as the flat numbers and strings that trackers take."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, (int, float, str)) else str(value)
-    return flat
 
 
 def parse(arguments: list[str]) -> PretrainConfig:
