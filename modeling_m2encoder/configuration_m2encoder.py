@@ -62,6 +62,11 @@ SIZES: dict[str, dict[str, int | float]] = {
 POSITION_OFFSET = 2
 
 
+def nearest_multiple(side: int, patch_size: int) -> int:
+    """The image side that is closest to `side` and a multiple of the patch size, at least one patch."""
+    return max(round(side / patch_size), 1) * patch_size
+
+
 @strict
 class M2EncoderConfig(PreTrainedConfig):
     r"""
@@ -176,7 +181,10 @@ class M2EncoderConfig(PreTrainedConfig):
                 f"({self.num_attention_heads})."
             )
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size}).")
+            raise ValueError(
+                f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size}); the nearest is "
+                f"{nearest_multiple(self.image_size, self.patch_size)}."
+            )
         if not 2 <= self.max_text_length <= self.max_position_embeddings - POSITION_OFFSET:
             raise ValueError(
                 f"max_text_length must lie between 2 ([CLS] and the end token) and max_position_embeddings - "

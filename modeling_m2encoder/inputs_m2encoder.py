@@ -5,7 +5,7 @@ Shapes: B batch, L tokens, P patches, K kept patches.
 
 import torch
 
-from .configuration_m2encoder import M2EncoderConfig
+from .configuration_m2encoder import M2EncoderConfig, nearest_multiple
 
 
 def keep_end_of_text(
@@ -69,8 +69,10 @@ def check_pixels(config: M2EncoderConfig, pixel_values: torch.Tensor, interpolat
     height, width = pixel_values.shape[-2:]
     if interpolate_pos_encoding:
         if height < 1 or width < 1 or height % config.patch_size or width % config.patch_size:
+            nearest = " x ".join(str(nearest_multiple(side, config.patch_size)) for side in (height, width))
             raise ValueError(
-                f"Image sides must be multiples of the patch size {config.patch_size}, got {height} x {width}."
+                f"Image sides must be multiples of the patch size {config.patch_size}, got {height} x {width}; the "
+                f"nearest is {nearest}."
             )
     elif (height, width) != (config.image_size, config.image_size):
         raise ValueError(

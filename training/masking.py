@@ -41,14 +41,16 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What masking knows of each entry of a tokenizer: three bool tensors [V]."""
+    """What masking knows of each entry of a tokenizer: four bool tensors [V]."""
 
     special: Tensor
-    """Never masked: [CLS], end of text and padding, [MASK], [UNK], ..."""
+    """Never masked: [CLS], end of text and padding, [MASK], ...; and what stands for unknown characters."""
     begins_word: Tensor
     """A blank lies before it, or it is Chinese or punctuation."""
     ends_word: Tensor
     """Nothing can continue it: it ends in Chinese or punctuation."""
+    blank: Tensor
+    """A blank and nothing else: whatever follows continues it, Chinese too."""
 
 
 def describe_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -69,7 +71,11 @@ def describe_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     special[tokenizer.all_special_ids] = True
     inside = [(_in_word(piece[:1]), _in_word(piece[-1:]) or piece[-1:] == BLANK) for piece in pieces]
     first, last = torch.tensor(inside, dtype=torch.bool).unbind(1)
-    return Vocabulary(special=special, begins_word=special | ~first, ends_word=special | ~last)
+    # The published vocabulary has the special token [UNK], and writes unknown characters as a `<unk>` that is none.
+    unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+    special |= torch.tensor([piece == unknown for piece in pieces])
+    blank = torch.tensor([piece == BLANK for piece in pieces])
+    return Vocabulary(special=special, begins_word=special | ~first, ends_word=special | ~last, blank=blank)
 
 
 def _in_word(character: str) -> bool:
@@ -82,8 +88,9 @@ def word_numbers(input_ids: Tensor, vocabulary: Vocabulary) -> Tensor:
     Raises:
         ValueError: for an id that the vocabulary does not have.
     """
-    begins, ends = _look_up(vocabulary.begins_word, input_ids), _look_up(vocabulary.ends_word, input_ids)
-    begins[:, 1:] |= ends[:, :-1]
+    tables = (vocabulary.special, vocabulary.begins_word, vocabulary.ends_word, vocabulary.blank)
+    special, begins, ends, blank = (_look_up(table, input_ids) for table in tables)
+    begins[:, 1:] = (begins[:, 1:] & ~blank[:, :-1]) | special[:, 1:] | ends[:, :-1]
     begins[:, :1] = False  # the first word is number 0
     return begins.cumsum(dim=1)
 

@@ -100,7 +100,7 @@ def test_with_the_package_no_trust_is_asked_for(hub, model, processor, images, c
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
     with torch.no_grad():
         seen = AutoModel.from_pretrained(hub)(**batch).logits_per_image
-        assert torch.equal(seen, model(**expected).logits_per_image)
+        torch.testing.assert_close(seen, model(**expected).logits_per_image, atol=1e-5, rtol=0)
 
 
 REMOTE = """
@@ -160,7 +160,9 @@ def test_without_the_package_as_remote_code(hub, model, processor, tmp_path):
     image = Image.fromarray(np.arange(3 * 40 * 50, dtype=np.uint8).reshape(40, 50, 3))
     with torch.no_grad():
         expected = model(**processor(text=["a red circle", "蓝色"], images=[image], return_tensors="pt"))
-    assert seen["logits"] == seen["again"] == expected.logits_per_image.tolist()
+    # Within rounding: weights mapped from a file lie at other addresses, for which some CPUs sum in another order.
+    for name in ("logits", "again"):
+        torch.testing.assert_close(torch.tensor(seen[name]), expected.logits_per_image, atol=1e-5, rtol=0)
     assert sum(seen["scores"]) == pytest.approx(1) and seen["texts"] == model.config.projection_dim
 
 
@@ -197,8 +199,9 @@ def test_pretraining_without_the_package_as_remote_code(pretraining, processor, 
     ids, pixels = torch.arange(3, 12).reshape(1, 9), torch.arange(3 * 32 * 32.0).reshape(1, 3, 32, 32) / 1e3
     with torch.no_grad():
         output = pretraining(ids, pixels, text_mask=(ids % 2 == 0), patch_mask=torch.arange(16)[None] % 4 > 0)
-    assert seen["losses"] == [output.loss_cmlm.item(), output.loss_cmim.item()]
-    assert seen["logits"] == seen["embeds"] == output.logits_per_image.tolist()
+    assert seen["losses"] == pytest.approx([output.loss_cmlm.item(), output.loss_cmim.item()], abs=1e-5)
+    for name in ("logits", "embeds"):
+        torch.testing.assert_close(torch.tensor(seen[name]), output.logits_per_image, atol=1e-5, rtol=0)
 
 
 def test_a_pretraining_folder_has_the_same_auto_map(pretraining, processor, tmp_path):

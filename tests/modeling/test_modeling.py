@@ -367,7 +367,12 @@ def test_wrong_shapes_are_named(model, batch):
         ({"pixel_values": pixels.transpose(1, 3)}, "height, width"),
         ({"pixel_values": pixels[..., :16, :]}, "32 x 32 pixels, got 16 x 32"),
         ({"pixel_values": (pixels * 255).to(torch.uint8)}, "floating-point"),
-        ({"pixel_values": torch.randn(1, 3, 20, 32), "interpolate_pos_encoding": True}, "multiples of the patch size"),
+        (
+            {"pixel_values": torch.randn(1, 3, 20, 32), "interpolate_pos_encoding": True},
+            "20 x 32; the nearest is 16 x 32",
+        ),
+        ({"pixel_values": torch.randn(1, 3, 3, 47), "interpolate_pos_encoding": True}, "the nearest is 8 x 48"),
+        ({"pixel_values": torch.randn(1, 3, 0, 32), "interpolate_pos_encoding": True}, "the nearest is 8 x 32"),
         ({"input_ids": ids[:2], "pixel_values": pixels, "return_loss": True}, "one text for each image"),
         ({"input_ids": ids, "return_loss": True}, "one text for each image"),
     ]

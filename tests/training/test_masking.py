@@ -121,6 +121,18 @@ def test_words_of_our_tokenizer(captions):
     assert "star" in mixed and "".join(mixed) == "三颗star星"
 
 
+def test_unknown_characters_are_not_masked_and_blanks_with_their_words(captions):
+    small = train_tokenizer(captions * 3, vocab_size=260)
+    encoded = small("circle 鼠 红 qqq", return_tensors="pt")
+    pieces = small.convert_ids_to_tokens(encoded["input_ids"][0].tolist())
+    assert pieces.count("[UNK]") == 1 and pieces.count("▁") >= 3
+    vocabulary = describe_vocabulary(small)
+    hidden = mask_text(**encoded, vocabulary=vocabulary, ratio=0.999, whole_words=True, generator=generator())[0]
+    expected = [piece for piece in pieces[1:-1] if piece != "[UNK]"]
+    assert [piece for piece, is_hidden in zip(pieces, hidden.tolist(), strict=True) if is_hidden] == expected
+    assert words(small, "circle 鼠 红 qqq")[1:-1] == [" circle", " ", "[UNK]", " 红", " qqq"]
+
+
 def test_words_of_the_published_tokenizer(shared):
     glm = glm_tokenizer(shared / "parity" / "sp.model")
     assert words(glm, "an unbelievablyyy good man's iPhone15 (photo)!")[1:-1] == [
@@ -130,7 +142,15 @@ def test_words_of_the_published_tokenizer(shared):
         p.replace("▁", " ") for p in glm.tokenize("红色的圆在左边，两只猫")
     ]
     vocabulary = describe_vocabulary(glm)
-    assert vocabulary.special.nonzero().flatten().tolist() == [50000, 50002, 50003, 50004]
+    never = ["<unk>", "<|endoftext|>", "[CLS]", "[MASK]", "[UNK]"]
+    assert glm.convert_ids_to_tokens(vocabulary.special.nonzero().flatten().tolist()) == sorted(
+        never, key=glm.convert_tokens_to_ids
+    )
+    rare = glm("𠮷 😀 ひ", return_tensors="pt")  # no such character; each behind a blank of its own
+    assert rare["input_ids"].shape[1] > 5
+    hidden = mask_text(**rare, vocabulary=vocabulary, ratio=0.999, whole_words=True, generator=generator())
+    assert glm.convert_ids_to_tokens(rare["input_ids"][hidden].tolist()) == ["▁", "▁", "😀", "▁", "ひ"]
+    assert words(glm, "𠮷 😀 ひ")[1:-1] == [" ", "<unk>", " 😀", " ひ"]
     encoded = glm(["an unbelievablyyy good man", "红色的圆在左边"], padding=True, return_tensors="pt")
     mask = mask_text(**encoded, vocabulary=vocabulary, ratio=0.5, whole_words=True, generator=generator())
     numbers = word_numbers(encoded["input_ids"], vocabulary)
@@ -159,6 +179,7 @@ def test_words_by_hand():
         special=torch.tensor([True, False, False]),
         begins_word=torch.tensor([True, True, False]),  # id 1 begins a word, id 2 goes on
         ends_word=torch.tensor([True, False, False]),
+        blank=torch.tensor([False, False, False]),
     )
     ids = torch.tensor([[0, 1, 2, 2, 2, 1, 1, 1, 1, 0]]).expand(2000, -1)
     assert word_numbers(ids[:1], table).tolist() == [[0, 1, 1, 1, 1, 2, 3, 4, 5, 6]]

@@ -335,7 +335,7 @@ def test_a_shared_model_is_saved_as_an_ordinary_one(mode, kind, tmp_path: Path):
     assert loaded.config.to_dict().keys() == model.config.to_dict().keys()
     with torch.no_grad():
         ours, theirs = (m(**make_batch(9)).logits_per_image for m in (model, loaded))
-    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
     first, second = (loaded.encoder.layers[i]["text"].self_attn.q_proj.weight for i in (0, 1))
     assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
 
@@ -585,7 +585,7 @@ def test_two_processes_equal_one(of_two_processes, strategy, mode):
     expected, _ = shared_then_delinked(lambda model: model, slice(None), mode)
     for results in of_two_processes:
         whole, (before, after) = results[strategy, mode]
-        assert before == after
+        assert before == pytest.approx(after, rel=1e-12)
         assert whole.keys() == expected.keys()
         for name, value in whole.items():
             np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-11, err_msg=name)
