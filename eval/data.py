@@ -31,6 +31,9 @@ SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar", "jsonl": ".jsonl", "bui
 BUILDERS = {"parquet": "parquet", "webdataset": "webdataset", "jsonl": "json", "built": "parquet", "scenes": "parquet"}
 
 
+Source = str | Path | Sequence[str | Path]
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of one or more files with one schema, memory-mapped, in the order of the files."""
@@ -145,12 +148,12 @@ def open_table(sources: Sequence[str | Path]) -> Table:
     return _load_parquet([file for source in sources for file in _expand(str(source))])
 
 
-def open_data(data: Data, columns: Columns, source: str | Path | None = None) -> dict[str, Table]:
+def open_data(data: Data, columns: Columns, source: Source | None = None) -> dict[str, Table]:
     """The rows of a benchmark, of its split: one table for all languages under "", or one per language.
 
     Args:
-        source: a file, glob pattern or folder; the folder's files are those that match `data.files`. Without one the
-            data set is loaded from the Hub, at its pinned revision or at the newest.
+        source: a file, glob pattern or folder, or several files and patterns; the folder's files are those that match
+            `data.files`. Without one the data set is loaded from the Hub, at its pinned revision or at the newest.
 
     Raises:
         ValueError: for data that cannot be found, downloaded or read, or a split that they lack.
@@ -228,9 +231,9 @@ def caption_list(value: str | Sequence[str | None] | None, separator: str | None
     return [caption for caption in captions if caption and caption.strip()]
 
 
-def _open_local(data: Data, columns: Columns, source: str | Path, pattern: str) -> Table:
-    path = Path(source)
-    if path.is_dir():
+def _open_local(data: Data, columns: Columns, source: Source, pattern: str) -> Table:
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is not None and path.is_dir():
         # Downloaded by hand, the files may lie in the folder itself.
         found = sorted(glob.glob(str(path / pattern))) or sorted(glob.glob(str(path / Path(pattern).name)))
         suffix = SUFFIXES[data.format]
@@ -242,14 +245,14 @@ def _open_local(data: Data, columns: Columns, source: str | Path, pattern: str) 
                 f"{', '.join(there) or 'nothing'}."
             )
     else:
-        files = _expand(str(source))
+        files = [file for one in ([source] if path is not None else source) for file in _expand(str(one))]
+        path = Path(files[0]).parent
     revision = local_revision(files)
     if BUILDERS[data.format] == "parquet":
         return replace(_load_parquet(files), revision=revision)
     table = replace(_load(data.format, [glob.escape(file) for file in files], tuple(files)), revision=revision)
     if data.format == "jsonl":
-        root = path if path.is_dir() else Path(files[0]).parent
-        return replace(table, rows=_image_files(table, columns.image, root))
+        return replace(table, rows=_image_files(table, columns.image, path))
     return table
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .choice import choice_benchmark
-from .data import Table, open_data, open_table
+from .data import Source, Table, open_data, open_table
 from .embed import Encoder
 from .files import read_json
 from .results import Benchmark
@@ -32,7 +32,7 @@ class FineGrained:
     """Images, texts, pairs and choices, as the manifest counts them."""
 
 
-def read_fine_grained(task: Task, source: str | Path | None) -> FineGrained:
+def read_fine_grained(task: Task, source: Source | None) -> FineGrained:
     """A folder that `eval.build.build` wrote.
 
     Raises:
@@ -40,7 +40,7 @@ def read_fine_grained(task: Task, source: str | Path | None) -> FineGrained:
     """
     if source is None:
         open_data(task.data, task.columns, None)  # says how to get it
-    folder = Path(str(source))
+    folder = Path(source if isinstance(source, str | Path) else source[0])
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} is not a built set: it has no manifest.json. Make one: {task.data.obtain}.")
     manifest = read_json(folder / "manifest.json")

@@ -13,14 +13,16 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager
 from PIL import Image, ImageOps
 
-from .data import Table
-from .embed import Encoder
+if TYPE_CHECKING:
+    from .data import Table
+    from .embed import Encoder
 
 # Families with simplified Chinese characters that come with Linux distributions, macOS and Windows.
 CJK_FAMILIES = (

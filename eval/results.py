@@ -50,6 +50,8 @@ class Benchmark:
     """"zh/text_greater" and so on: the ranks of every query, from which recall at any K follows."""
     details: dict[str, Any] = field(default_factory=dict)
     """Long lists for programs, such as the accuracy of every class."""
+    revision: str | None = None
+    """The commit of the data set, where it is known."""
 
     def flat(self) -> dict[str, float]:
         """`{"name/language/metric": value}` for a training log."""

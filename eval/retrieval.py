@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from .data import Table, caption_list, open_data, open_table
+from .data import Source, Table, caption_list, open_data, open_table
 from .embed import Encoder
 from .models import adapt
 from .ranks import RECALL_AT, RetrievalRanks, retrieval_ranks
@@ -94,7 +94,7 @@ def score_retrieval(
     return retrieval_benchmark(Path(table.files[0]).stem, encoder, Captioned(table, image_column, texts), paired=True)
 
 
-def read_captioned(task: Task, source: str | Path | None = None) -> Captioned:
+def read_captioned(task: Task, source: Source | None = None) -> Captioned:
     """The images and captions of a retrieval task, whole.
 
     Args:
@@ -144,7 +144,9 @@ def retrieval_benchmark(
     """
     if image_embeds is None:
         image_embeds = encoder.images(data.table, data.image_column)
-    benchmark = Benchmark(name, protocol, data.table.files, {"images": len(image_embeds)}, {}, paired=paired)
+    benchmark = Benchmark(
+        name, protocol, data.table.files, {"images": len(image_embeds)}, {}, paired=paired, revision=data.table.revision
+    )
     for language, lists in data.captions.items():
         texts = [text for own in lists for text in own]
         owner = torch.tensor([i for i, own in enumerate(lists) for _ in own])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .data import Source
 from .embed import Encoder
 from .fine_grained import fine_grained_benchmarks, read_fine_grained
 from .results import Benchmark
-from .retrieval import limited, read_captioned, retrieval_benchmark
+from .retrieval import Captioned, limited, read_captioned, retrieval_benchmark
 from .scenes import score_scenes
 from .tasks import Task
 from .verify import (
     Finding,
-    captions_checksum,
     check_captioned,
     check_fine_grained,
     check_labelled,
@@ -23,7 +23,7 @@ from .zero_shot import limited_labelled, read_labelled, zero_shot_benchmark
 
 
 def score_task(
-    task: Task, encoder: Encoder, source: str | Path | None = None, *, limit: int | None = None
+    task: Task, encoder: Encoder, source: Source | None = None, *, limit: int | None = None
 ) -> list[Benchmark]:
     """The benchmarks of a task.
 
@@ -61,23 +61,23 @@ def score_task(
     ]
 
 
-def verify(task: Task, source: str | Path | None = None) -> tuple[list[Finding], dict[str, str]]:
-    """What `python -m eval verify` says of a task's data, and the checksums of their captions by language.
+def verify(task: Task, source: Source | None = None) -> tuple[list[Finding], Captioned | None]:
+    """What `python -m eval verify` says of a task's data, and the captions of a retrieval task.
 
     Raises:
         ValueError: for data that cannot be read at all.
     """
     if task.kind == "scenes":
-        return check_scenes(task, _scenes_folder(task, source)), {}
+        return check_scenes(task, _scenes_folder(task, source)), None
     if task.kind == "fine-grained":
-        return check_fine_grained(task, read_fine_grained(task, source)), {}
+        return check_fine_grained(task, read_fine_grained(task, source)), None
     if task.kind == "classification":
-        return check_labelled(task, read_labelled(task, source)), {}
+        return check_labelled(task, read_labelled(task, source)), None
     data = read_captioned(task, source)
-    return check_captioned(task, data), {name: captions_checksum(lists) for name, lists in data.captions.items()}
+    return check_captioned(task, data), data
 
 
-def _scenes_folder(task: Task, source: str | Path | None) -> Path:
+def _scenes_folder(task: Task, source: Source | None) -> Path:
     if source is None:
         raise ValueError(f"These data are not on the Hub. To get them: {task.data.obtain}.")
-    return Path(source)
+    return Path(source if isinstance(source, str | Path) else source[0])

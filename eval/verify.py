@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from .data import Table, open_table
+from .files import write_text
 from .fine_grained import FineGrained
 from .retrieval import Captioned
 from .tasks import Task
@@ -107,29 +108,24 @@ def captions_checksum(lists: Sequence[Sequence[str]]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def record(path: Path, counts: Mapping[str, int], checksums: Mapping[str, str], *, images: int) -> None:
-    """Write what was seen into the task file's `expected` (`verify --write`), leaving the rest of the file as it is.
+def record(path: Path, images: int, texts: Mapping[str, int], checksums: Mapping[str, str]) -> Path:
+    """Write what was seen into a task file's `expected` (`verify --write`); the rest of the file stays as it is.
 
     Raises:
         ValueError: for a file that cannot be written.
     """
-    from .files import write_text
-
-    def mapping(values: Mapping[str, object]) -> str:
-        return "{" + ", ".join(f"{name}: {value}" for name, value in values.items()) + "}"
-
-    block = ["expected:", f"  images: {images}"]
-    if counts:
-        block.append(f"  texts: {mapping(counts)}")
-    block += [f"  sha256: {mapping(checksums)}"] if checksums else []
+    block = ["expected:", f"  images: {images}", f"  texts: {_flow(texts)}", "  sha256:"]
+    block += [f"    {language}: {checksum}" for language, checksum in checksums.items()]
     lines = path.read_text(encoding="utf-8").splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith("expected:")), None)
-    if start is None:
-        lines += block
-    else:
-        end = next((i for i in range(start + 1, len(lines)) if lines[i][:1].strip()), len(lines))
-        lines[start:end] = block
+    start = next((i for i, line in enumerate(lines) if line.startswith("expected:")), len(lines))
+    end = next((i for i in range(start + 1, len(lines)) if lines[i][:1].strip()), len(lines))
+    lines[start:end] = block
     write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def _flow(values: Mapping[str, int]) -> str:
+    return "{" + ", ".join(f"{name}: {value}" for name, value in values.items()) + "}"
 
 
 def check_scenes(task: Task, folder: str | Path) -> list[Finding]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .data import Table, open_data
+from .data import Source, Table, open_data
 from .embed import Encoder
 from .prompts import best_top1, collisions, names_of_column, read_listed
 from .ranks import hit_probability, retrieval_ranks
@@ -46,7 +46,7 @@ class Labelled:
     image_ids: tuple[str, ...] | None = None
 
 
-def read_labelled(task: Task, source: str | Path | None = None, table: Table | None = None) -> Labelled:
+def read_labelled(task: Task, source: Source | None = None, table: Table | None = None) -> Labelled:
     """The images and classes of a classification task, whole.
 
     Args:
@@ -64,7 +64,7 @@ def read_labelled(task: Task, source: str | Path | None = None, table: Table | N
     odd = next((label for label in labels if not isinstance(label, int)), None)
     if odd is not None or not labels:
         raise ValueError(f"Column {columns.label!r} of {table.files[0]} must hold integers, not e.g. {odd!r}.")
-    folder = None if source is None else Path(source) if Path(source).is_dir() else Path(source).parent
+    folder = _folder(source)
     classes = {
         language: Classes(
             _names(texts.names, table, labels, folder),
@@ -103,7 +103,7 @@ def zero_shot_benchmark(
     index = {label: i for i, label in enumerate(known)}
     owner = torch.tensor([index[label] for label in data.labels])
     counts = {"images": len(image_embeds), "classes": len(known)}
-    benchmark = Benchmark(name, protocol, data.table.files, counts, {}, paired=paired)
+    benchmark = Benchmark(name, protocol, data.table.files, counts, {}, paired=paired, revision=data.table.revision)
     for language, entry in data.classes.items():
         gallery = class_embeddings(encoder, [entry.names[label] for label in known], entry.templates)
         # Classes are the gallery and images the queries: accuracy is the "text to image" side of the ranks.
@@ -177,3 +177,11 @@ def limited_labelled(data: Labelled, limit: int | None) -> Labelled:
     rows = [i * len(data.table) // len(table) for i in range(len(table))]
     ids = None if data.image_ids is None else tuple(data.image_ids[row] for row in rows)
     return replace(data, table=table, labels=[data.labels[row] for row in rows], image_ids=ids)
+
+
+def _folder(source: Source | None) -> Path | None:
+    """The folder that data lie in, for files of names beside them."""
+    if source is None:
+        return None
+    path = Path(source if isinstance(source, str | Path) else source[0])
+    return path if path.is_dir() else path.parent

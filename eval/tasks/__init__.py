@@ -151,16 +151,25 @@ def task_names() -> list[str]:
     return sorted(path.stem.replace("_", "-") for path in FOLDER.glob("*.yaml"))
 
 
-def select_tasks(names: Sequence[str]) -> list[Task]:
-    """The tasks of ("all",), of names, or of paths to YAML files, each once, in the order given.
+def task_files(names: Sequence[str]) -> list[Path]:
+    """The files of ("all",), of names, or of paths to YAML files, each once, in the order given.
 
     Raises:
-        ValueError: for no names, an unknown one (the message lists those that there are), and malformed files.
+        ValueError: for no names, or an unknown one; the message lists those that there are.
     """
     if not names:
         raise ValueError(f"Name at least one task: all, or of {', '.join(task_names())}; or the path of a YAML file.")
     chosen = [one for name in names for one in (task_names() if name == "all" else [name])]
-    tasks = [load_task(name) for name in dict.fromkeys(chosen)]
+    return list(dict.fromkeys(task_path(name) for name in chosen))
+
+
+def select_tasks(names: Sequence[str]) -> list[Task]:
+    """The tasks of `task_files(names)`.
+
+    Raises:
+        ValueError: as `task_files` and `load_task`, and for two files with one name.
+    """
+    tasks = [load_task(path) for path in task_files(names)]
     for task in tasks:
         if sum(other.name == task.name for other in tasks) > 1:
             raise ValueError(f"Two tasks are called {task.name!r}: their results would overwrite each other.")
@@ -173,15 +182,7 @@ def load_task(name: str | Path) -> Task:
     Raises:
         ValueError: for an unknown name, and a malformed file: the message names the file and the entry.
     """
-    if str(name) in task_names():
-        path = FOLDER / f"{str(name).replace('-', '_')}.yaml"
-        path = path if path.is_file() else FOLDER / f"{name}.yaml"
-    else:
-        path = Path(name)
-        if path.suffix not in (".yaml", ".yml"):
-            near = difflib.get_close_matches(str(name), task_names(), n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"Unknown task {str(name)!r}.{hint} Known are: {', '.join(task_names())}.")
+    path = task_path(name)
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -191,6 +192,21 @@ def load_task(name: str | Path) -> Task:
     task = _build(Task, document, f"{path}")
     _check(task, path)
     return task
+
+
+def task_path(name: str | Path) -> Path:
+    """The file of a task of this folder, or `name` itself if it ends in .yaml or .yml.
+
+    Raises:
+        ValueError: for an unknown name; the message lists those that there are.
+    """
+    if str(name) in task_names():
+        return FOLDER / f"{str(name).replace('-', '_')}.yaml"
+    if Path(name).suffix not in (".yaml", ".yml"):
+        near = difflib.get_close_matches(str(name), task_names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"Unknown task {str(name)!r}.{hint} Known are: {', '.join(task_names())}.")
+    return Path(name)
 
 
 def _check(task: Task, path: Path) -> None:
