@@ -32,12 +32,10 @@ from benchmarks.itc_baselines import local_itc_loss, naive_itc_loss
 from modeling_m2encoder import M2EncoderConfig, M2EncoderForPreTraining
 from training.bank import MicroBatchOutput, banked_backward
 from training.configs import ObjectiveConfig
+from training.flops import peak_flops
 from training.losses import grouped_itc_loss
 from training.optim import build_optimizer
 from training.sharding import Distributed, ShardingConfig, distribute
-
-# Dense bf16 peaks by NVIDIA's data sheets; --peak-tflops for others.
-PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "L40S": 362, "L4": 121}
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Settings:
 
 
 SMOKE = Settings(
-    size="nano", batches=(4,), banks=((1, 1), (2, 0), (2, 2)), steps=2, warmup=1, pairs=(32, 64), loss_batch=16, dim=8,
+    size="nano", batches=(2,), banks=((1, 1), (2, 0)), steps=1, warmup=1, pairs=(32, 64), loss_batch=16, dim=8,
     naive_pairs=32,
 )  # fmt: skip
 
@@ -68,7 +66,7 @@ SMOKE = Settings(
 # ---- Steps of training ---------------------------------------------------------------------------------------------
 
 
-def measure_steps(settings: Settings, device: torch.device, peak_flops: float | None) -> list[dict[str, Any]]:
+def measure_steps(settings: Settings, device: torch.device, peak: float | None) -> list[dict[str, Any]]:
     """One row for each batch, (k, r) and use of checkpointing, with the full objective and with ITC alone."""
     rows = []
     objectives = (ObjectiveConfig(), ObjectiveConfig(0, 0))
@@ -84,7 +82,7 @@ def measure_steps(settings: Settings, device: torch.device, peak_flops: float | 
             }
             try:
                 step = Step(settings.size, objective, batch, k, retain, checkpointing, device)
-                seconds, peak = timed(step, settings, device)
+                seconds, memory = timed(step, settings, device)
             except torch.OutOfMemoryError:
                 rows.append({**setting, "out_of_memory": True})
                 continue
@@ -92,8 +90,8 @@ def measure_steps(settings: Settings, device: torch.device, peak_flops: float | 
                 step = None
                 release(device)
             per_second = batch * k / seconds
-            utilisation = None if peak_flops is None else per_second * flops[objective] / peak_flops
-            measured = {"samples_per_second": per_second, "mfu": utilisation, "peak_bytes": peak}
+            utilisation = None if peak is None else per_second * flops[objective] / peak
+            measured = {"samples_per_second": per_second, "mfu": utilisation, "peak_bytes": memory}
             rows.append({**setting, **measured, "flops_per_pair": flops[objective]})
             print(json.dumps(rows[-1]), flush=True)
     return rows
@@ -262,15 +260,14 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(options.device)
     settings = SMOKE if options.smoke else Settings()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    known = [peak for part, peak in PEAK_TFLOPS.items() if part in name]
-    peak = options.peak_tflops or (known[0] if known else None)
+    peak = peak_flops(device) if options.peak_tflops is None else options.peak_tflops * 1e12
     report = {
         "device": name,
-        "peak_tflops": peak,
+        "peak_flops": peak,
         "torch": torch.__version__,
         "smoke": options.smoke,
         "settings": dataclasses.asdict(settings),
-        "steps": measure_steps(settings, device, None if peak is None else peak * 1e12),
+        "steps": measure_steps(settings, device, peak),
         "loss_with_simulated_ranks": measure_loss(settings, device),
     }
     if options.output:

@@ -37,6 +37,8 @@ def memory_estimate(
     tile: int,
     gradient_checkpointing: bool,
     itemsize: int,
+    image_size: int | None = None,
+    drop_patches: float = 0.0,
 ) -> dict[str, float]:
     """Bytes per GPU at the fullest moment of a step, part by part; an estimate.
 
@@ -54,6 +56,7 @@ def memory_estimate(
         tile: rows and columns of the logits at a time.
         gradient_checkpointing: see `activation_bytes`.
         itemsize: bytes of one number in the compute dtype: 2 for bf16, 4 for fp32.
+        image_size, drop_patches: see `activation_bytes`.
     """
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -86,6 +89,8 @@ def memory_estimate(
             itemsize=itemsize,
             norms_in_fp32=strategy == "ddp" and itemsize == 2,
             gradient_checkpointing=gradient_checkpointing,
+            image_size=image_size,
+            drop_patches=drop_patches,
         )
     )
     if objective.cmlm_weight:
@@ -108,6 +113,8 @@ def activation_bytes(
     itemsize: int = 2,
     norms_in_fp32: bool = False,
     gradient_checkpointing: bool = False,
+    image_size: int | None = None,
+    drop_patches: float = 0.0,
 ) -> int:
     """Bytes that autograd keeps of one micro-batch, between its forward and its backward.
 
@@ -122,18 +129,22 @@ def activation_bytes(
         norms_in_fp32: as autocast on a GPU has it (ddp): residuals and the norms' inputs are fp32 beside bf16, which
             makes 13 D and 4 I of bf16 numbers.
         gradient_checkpointing: only the layers' inputs are kept, and all of the layer that is being computed again.
+        image_size: side of the images in pixels; the model's unless given.
+        drop_patches: part of the patches that the contrastive pass does without.
     """
     d, i = config.hidden_size, config.intermediate_size
-    image, text = 1 + config.num_patches, config.max_text_length
+    patches = ((image_size or config.image_size) // config.patch_size) ** 2
+    image, text = 1 + patches, config.max_text_length
+    seen = 1 + round(patches * (1 - drop_patches))  # of the whole image, by the contrastive pass
     layers = config.num_hidden_layers + config.num_upper_layers
     residual = 2 if norms_in_fp32 else 1
     encoder_layer = (13 * d + 4 * i) if norms_in_fp32 else (9 * d + 3 * i)
     crossing = (8 if norms_in_fp32 else 5) * d
     # What every pass of a modality runs: the whole input, and the masked one where that loss counts.
-    tokens = image * (2 if objective.cmim_weight else 1) + text * (2 if objective.cmlm_weight else 1)
+    tokens = seen + image * bool(objective.cmim_weight) + text * (2 if objective.cmlm_weight else 1)
     decoded = image * bool(objective.cmim_weight) + text * bool(objective.cmlm_weight)
     # Cross-attention keeps its input, norm, query, result and inner norm per token; key and value per context token.
-    context = text * bool(objective.cmim_weight) + image * bool(objective.cmlm_weight)
+    context = text * bool(objective.cmim_weight) + seen * bool(objective.cmlm_weight)
     if config.decoder_context == "cls":
         context = bool(objective.cmim_weight) + bool(objective.cmlm_weight)
     if gradient_checkpointing:

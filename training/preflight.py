@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 import tyro
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from modeling_m2encoder import M2EncoderConfig, M2EncoderForPreTraining, M2EncoderModel
+from modeling_m2encoder import M2EncoderForPreTraining, M2EncoderModel
 
-from .bank import BankPlan, plan_bank
+from .bank import BankPlan
 from .configs import PAPER_SAMPLES, PRESETS, PretrainConfig
 from .cost_model import Traffic, itc_traffic, memory_estimate, parameter_traffic
+from .schedule import Phase
 from .sharding import ShardingConfig, Strategy
 
 _GB = 1e9
@@ -32,19 +33,25 @@ class Plan:
 
     size: str
     parameters: int
-    bank: BankPlan
+    phases: tuple[Phase, ...]
+    banks: tuple[BankPlan, ...]
+    """Of each phase; they share the batch and N."""
+    fullest: int
+    """Index of the phase that needs the most memory: `memory` and `traffic` are those of its steps."""
     gpus_per_node: int
     strategy: str
     shard_size: int
     """s, GPUs that share one copy of the parameters; 1 for ddp."""
     retain: int
     steps: int
-    steps_for_paper: int
-    """Optimizer steps in which `PAPER_SAMPLES` pairs are seen."""
     memory: dict[str, float]
     """Estimated bytes per GPU, part by part."""
     traffic: tuple[Traffic, ...]
     notes: tuple[str, ...]
+
+    @property
+    def bank(self) -> BankPlan:
+        return self.banks[self.fullest]
 
     @property
     def nodes(self) -> int:
@@ -54,6 +61,11 @@ class Plan:
     def global_batch(self) -> int:
         """Pairs per optimizer step over all GPUs, n * B * k."""
         return self.bank.world_size * self.bank.batch_per_gpu * self.bank.bank_steps
+
+    @property
+    def steps_for_paper(self) -> int:
+        """Optimizer steps in which `PAPER_SAMPLES` pairs are seen."""
+        return -(-PAPER_SAMPLES // self.global_batch)
 
     @property
     def memory_per_gpu(self) -> float:
@@ -70,6 +82,7 @@ class Plan:
             f"k = {bank.bank_steps}, retain = {self.retain}: N = {bank.bank_size:,} pairs in one loss",
             f"  global batch   {self.global_batch:,} pairs per optimizer step",
             f"  this run       {self.steps:,} steps, {self.steps * self.global_batch:,} pairs",
+            *self._phase_lines(),
             f"  9 B pairs      {self.steps_for_paper:,} steps",
             "  estimated memory per GPU (GB)",
             *(f"    {name:<34}{size / _GB:>9.3f}" for name, size in self.memory.items()),
@@ -82,6 +95,18 @@ class Plan:
             *(f"  note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+    def _phase_lines(self) -> list[str]:
+        if len(self.phases) == 1:
+            return []
+        lines = []
+        for i, (phase, bank) in enumerate(zip(self.phases, self.banks, strict=True)):
+            lines.append(
+                f"    {phase.first_step:,} to {phase.last_step:,}: {phase.image_size} pixels, "
+                f"{phase.drop_patches:.0%} of patches dropped, B = {bank.batch_per_gpu}, k = {bank.bank_steps}"
+                + (" (estimated below)" if i == self.fullest else "")
+            )
+        return lines
 
 
 def plan(
@@ -117,58 +142,45 @@ def plan(
             "right gpus_per_node."
         )
     itc, sharding = config.itc, config.sharding
-    bank = plan_bank(
-        world_size,
-        batch_size=config.batch_size,
-        bank_steps=itc.bank_steps,
-        group_size=itc.group_size,
-        group_nodes=itc.group_nodes,
-        bank_size=itc.bank_size,
-        gpus_per_node=gpus_per_node,
-    )
-    if not 0 <= itc.retain <= itc.bank_steps:
-        raise ValueError(f"itc.retain must lie in [0, bank_steps = {itc.bank_steps}], got {itc.retain}.")
+    phases, banks = config._check_phases(world_size, gpus_per_node)
     shard_size, second_shard_size = _shard_sizes(sharding.strategy, sharding.shard_size, world_size, gpus_per_node)
     model = model if model is not None else build_on_meta(config)
     if compute_dtype is None:
         compute_dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
-    memory = memory_estimate(
-        model,
-        config.objective,
-        bank,
-        strategy=sharding.strategy,
-        shard_size=shard_size,
-        second_shard_size=second_shard_size,
-        retain=itc.retain,
-        tile=itc.tile,
-        gradient_checkpointing=config.gradient_checkpointing,
-        itemsize=compute_dtype.itemsize,
-    )
+    layout = {"strategy": sharding.strategy, "shard_size": shard_size, "second_shard_size": second_shard_size}
+    layout |= {"retain": itc.retain, "itemsize": compute_dtype.itemsize}
+    estimates = [
+        memory_estimate(
+            model,
+            config.objective,
+            bank,
+            image_size=phase.image_size,
+            drop_patches=phase.drop_patches,
+            tile=itc.tile,
+            gradient_checkpointing=config.gradient_checkpointing,
+            **layout,
+        )
+        for phase, bank in zip(phases, banks, strict=True)
+    ]
+    fullest = max(range(len(phases)), key=lambda i: sum(estimates[i].values()))
+    bank, memory = banks[fullest], estimates[fullest]
     parameters = sum(p.numel() for p in model.parameters())
+    itc_sent = itc_traffic(bank, model.config.projection_dim, gpus_per_node, compute_dtype.itemsize)
     result = Plan(
         size=config.size,
         parameters=parameters,
-        bank=bank,
+        phases=phases,
+        banks=banks,
+        fullest=fullest,
         gpus_per_node=gpus_per_node,
         strategy=sharding.strategy,
         shard_size=shard_size,
         retain=itc.retain,
         steps=config.steps,
-        steps_for_paper=-(-PAPER_SAMPLES // (world_size * bank.batch_per_gpu * bank.bank_steps)),
         memory=memory,
         traffic=(
-            itc_traffic(bank, model.config.projection_dim, gpus_per_node, compute_dtype.itemsize),
-            *parameter_traffic(
-                parameters,
-                world_size,
-                gpus_per_node,
-                strategy=sharding.strategy,
-                shard_size=shard_size,
-                second_shard_size=second_shard_size,
-                bank_steps=itc.bank_steps,
-                retain=itc.retain,
-                itemsize=compute_dtype.itemsize,
-            ),
+            itc_sent,
+            *parameter_traffic(parameters, world_size, gpus_per_node, bank_steps=bank.bank_steps, **layout),
         ),
         notes=_notes(bank, gpus_per_node, shard_size, memory, gpu_memory),
     )
@@ -178,21 +190,13 @@ def plan(
 
 
 def build_on_meta(config: PretrainConfig) -> M2EncoderModel:
-    """The model of a run without its weights: shapes only, in milliseconds for any size."""
+    """The model of a run without its weights: shapes only, in milliseconds for any size. All of it is trained: of the
+    decoders, one that no loss uses counts too."""
     if config.init_from:
-        model_config = AutoConfig.from_pretrained(config.init_from)
+        model_config = config.model_config()
     else:
         vocab_size = len(AutoTokenizer.from_pretrained(config.tokenizer)) if config.tokenizer else config.vocab_size
-        model_config = M2EncoderConfig.from_size(
-            config.size,
-            vocab_size=vocab_size,
-            decoder_context=config.objective.decoder_context,
-            # Any will do, of which there are so many; the published ones would not be in a small vocabulary.
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-            mask_token_id=0,
-        )
+        model_config = config.model_config(vocab_size=vocab_size)
     with torch.device("meta"):
         return (M2EncoderForPreTraining if config.objective.masks else M2EncoderModel)(model_config)
 

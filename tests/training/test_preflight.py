@@ -13,6 +13,7 @@ from training.bank import BankPlan
 from training.configs import PRESETS, ITCConfig, ObjectiveConfig, PretrainConfig, base_0_4b, huge_10b, large_1b, nano
 from training.cost_model import activation_bytes, itc_traffic, memory_estimate, parameter_traffic
 from training.preflight import Plan, build_on_meta, main, plan
+from training.schedule import ScheduleConfig
 
 
 def settings(preset: PretrainConfig, **changes: Any) -> PretrainConfig:
@@ -220,6 +221,19 @@ def test_too_little_memory():
     much = settings(large_1b(), gradient_checkpointing=False, itc__bank_steps=1)
     with pytest.raises(ValueError, match="Most of it is activations .*gradient_checkpointing"):
         plan(much, world_size=256, gpus_per_node=8, gpu_memory=80e9)
+
+
+def test_phases():
+    """Small images and dropped patches need less; the plan is for the phase that needs the most."""
+    schedule = ScheduleConfig(until=(0.5, 0.9, 1.0), image_size=(112, 224, 224), drop_patches=(0, 0.5, 0),
+                              bank_steps=(1, 2, 4))  # fmt: skip
+    seen = plan(settings(large_1b(), schedule=schedule), world_size=256, gpus_per_node=8)
+    assert [bank.batch_per_gpu for bank in seen.banks] == [512, 256, 128] and seen.bank.bank_size == 32_768
+    assert "112 pixels, 0% of patches dropped, B = 512, k = 1" in str(seen)
+    config, objective = M2EncoderConfig.from_size("1B"), ObjectiveConfig(0, 0)
+    whole = activation_bytes(config, objective, 8)
+    assert activation_bytes(config, objective, 8, image_size=112) / whole == pytest.approx((50 + 52) / (197 + 52))
+    assert activation_bytes(config, objective, 8, drop_patches=0.5) / whole == pytest.approx((99 + 52) / (197 + 52))
 
 
 def test_notes():
