@@ -47,13 +47,13 @@ from pathlib import Path
 from typing import Any
 
 from . import probe as _probe
-from .classes import CARS_RULES, build_cars, build_cub, build_dogs
+from .classes import CARS_RULES, build_cars, build_cub, build_dogs, count_cars
 from .coco import COUNT_RULES, DEFAULT_COUNT, DEFAULT_SET, SET_RULES, build_coco, count_coco
-from .hico import build_hoi_pos
+from .hico import HICO_RULES, build_hoi_pos, count_hoi_pos
 from .layout import check, tables_used, write
 from .sources import sha256
 from .visual_genome import RULE as VG_RULE
-from .visual_genome import build_vg_pos
+from .visual_genome import build_vg_pos, count_vg_pos
 
 __all__ = ["BUILDERS", "Builder", "build", "probe"]
 
@@ -75,7 +75,7 @@ class Builder:
     tables: tuple[str, ...]
     licence: str
     count: _probe.Count | None = None
-    """Tries rules without building each; None where they are few."""
+    """Tries the rules, and other readings of the paper; None for a set with one rule."""
 
 
 _INSTANCES = "instances_val2014.json (or val2017) of COCO"
@@ -121,17 +121,19 @@ BUILDERS: dict[str, Builder] = {
         build_vg_pos,
         ("vg_nouns", "vg_predicates", "vg_contexts"),
         "cc-by-4.0",
+        count_vg_pos,
     ),
     "hoi-pos": Builder(
         "HOI-POS (human-object interactions)",
         "What does the person do with the object?",
         {"annotations": "anno.mat of HICO (image-level labels), or anno_bbox.mat or instances_test2015.json (boxes)"},
         (8593, 520),
-        ("by-file",),
-        "by-file",
+        HICO_RULES,
+        HICO_RULES[0],
         build_hoi_pos,
         ("coco_categories", "hico_verbs"),
         "other",
+        count_hoi_pos,
     ),
     "cub": Builder(
         "CUB-200-2011 with Chinese names",
@@ -168,6 +170,7 @@ BUILDERS: dict[str, Builder] = {
         build_cars,
         ("stanford_cars",),
         "other",
+        count_cars,
     ),
 }
 
@@ -199,8 +202,8 @@ def build(
     builder, paths = _builder(name), _sources(name, sources)
     if rule is not None and rule not in builder.rules:
         raise ValueError(f"{name} has no rule {rule!r}; there are: {', '.join(builder.rules)}.")
-    found = probe(name, paths, seed=seed) if rule is None and len(builder.rules) > 1 else {}
-    chosen = rule or _probe.choose(found, builder.paper, builder.default)
+    found = builder.count(paths, builder.rules, seed) if builder.count and rule is None else {}
+    chosen = rule or (_probe.choose(found, builder.rules, builder.paper, builder.default) if found else builder.default)
     built = builder.make(paths, chosen, seed)
     check(name, built)
     images, texts = builder.paper
@@ -233,12 +236,16 @@ def build(
 def probe(name: str, sources: Mapping[str, str | Path], *, seed: int = 0) -> dict[str, tuple[int, int]]:
     """(images, texts) that each rule of a set gives for these annotations; `eval.build.probe.table` prints them.
 
+    Besides the rules that can be built this counts other readings of the paper, such as VG-POS in free-form English.
+
     Raises:
         ValueError: as `build` does for the annotations.
     """
     builder, paths = _builder(name), _sources(name, sources)
-    count = builder.count or _probe.counts_by_building(builder.make)
-    return count(paths, builder.rules, seed)
+    if builder.count:
+        return builder.count(paths, builder.rules, seed)
+    built = builder.make(paths, builder.default, seed)
+    return {builder.default: (len(built.images), len(built.texts))}
 
 
 def _builder(name: str) -> Builder:

@@ -71,8 +71,8 @@ def _choice_line(manifest: Mapping[str, Any]) -> str:
     if not manifest["counts"]["choices"]:
         return ""
     return (
-        "* `choice`: one true text (number `label`) among others that differ from it in one thing (`factor`); chance is\n"
-        "  1 / candidates.\n"
+        "* `choice`: one true text (number `label`) among others that differ from it in one thing (`factor`);\n"
+        "  chance is 1 / candidates.\n"
     )
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .layout import FineGrainedSet, ImageRow, Text
 from .phrases import with_article
-from .sources import field, read_mat, require_file
+from .sources import field, numbers, read_mat, require_file
 from .tables import read_table
 
 # Which of the test images; the paper has 4,021 of the 8,041 of Stanford Cars, "even" and "first" give that many.
@@ -27,14 +26,14 @@ def build_cub(sources: Mapping[str, Path], rule: str, seed: int) -> FineGrainedS
     files = _pairs(folder / "images.txt")
     labels = _pairs(folder / "image_class_labels.txt")
     training = _pairs(folder / "train_test_split.txt")
-    numbers = sorted(names, key=int)
+    order = sorted(names, key=int)
     rows = []
     for image_id in sorted(files, key=int):
         if image_id not in labels or image_id not in training or labels[image_id] not in names:
             raise ValueError(f"{folder}: image {image_id} ({files[image_id]}) has no class or no split.")
         if training[image_id] == "0":
-            rows.append((image_id, files[image_id], numbers.index(labels[image_id])))
-    return _classes(folder, "cub_birds", [names[number] for number in numbers], rows, rule, "a type of bird")
+            rows.append((image_id, files[image_id], order.index(labels[image_id])))
+    return _classes(folder, "cub_birds", [names[number] for number in order], rows, rule, "a type of bird")
 
 
 def _pairs(path: Path) -> dict[str, str]:
@@ -58,7 +57,7 @@ def build_dogs(sources: Mapping[str, Path], rule: str, seed: int) -> FineGrained
     path = sources["annotations"]
     found = read_mat(path, "file_list", "labels")
     files = [str(name) for name in np.atleast_1d(field(str(path), found, "file_list"))]
-    labels = _integers(path, field(str(path), found, "labels"))
+    labels = numbers(f"{path}: labels", field(str(path), found, "labels")).astype(int).tolist()
     if len(labels) != len(files):
         raise ValueError(f"{path} has {len(files)} files but {len(labels)} labels.")
     names: dict[int, str] = {}
@@ -97,18 +96,21 @@ def build_cars(sources: Mapping[str, Path], rule: str, seed: int) -> FineGrained
                 f"{path}: an annotation has no file name or no class (cars_test_annos.mat has none; take "
                 "cars_test_annos_withlabels.mat)."
             )
-        rows.append((Path(str(file)).stem, str(file), int(label) - 1))
-    keep = {"even": rows[::2], "first": rows[: (len(rows) + 1) // 2], "all": rows}[rule]
+        rows.append((Path(str(file)).stem, str(file), int(numbers(f"{path}: class", label)[0]) - 1))
+    keep = rows[_cars_part(rule, len(rows))]
     names = [str(name) for name in np.atleast_1d(names)]
     dropped = {"images of the other half": len(rows) - len(keep)} if len(keep) < len(rows) else {}
     return _classes(path, "stanford_cars", names, keep, rule, "a type of car", dropped)
 
 
-def _integers(path: Path, values: Any) -> list[int]:
-    values = np.atleast_1d(values)
-    if values.dtype.kind not in "iuf":
-        raise ValueError(f"{path}: the labels must be numbers, not {values.dtype}.")
-    return [int(value) for value in values]
+def _cars_part(rule: str, rows: int) -> slice:
+    return {"even": slice(None, None, 2), "first": slice((rows + 1) // 2), "all": slice(None)}[rule]
+
+
+def count_cars(sources: Mapping[str, Path], rules: Sequence[str], seed: int) -> dict[str, tuple[int, int]]:
+    """(images, texts) of each rule."""
+    built = build_cars(sources, "all", seed)
+    return {rule: (len(built.images[_cars_part(rule, len(built.images))]), len(built.texts)) for rule in rules}
 
 
 def _classes(

@@ -119,7 +119,7 @@ def select(images: Sequence[Annotated], rule: str) -> tuple[dict[str, list[Annot
             continue
         counts = _told(image, crowd)
         if len(counts) < int(least[3:]):
-            dropped[f"images with fewer than {least[3:]} categories"] += 1
+            dropped["images without a category" if not counts else f"images with under {least[3:]} categories"] += 1
         elif limit and max(counts.values()) > limit:
             dropped[f"images with more than {limit} of a category"] += 1
         else:

@@ -19,8 +19,9 @@ import numpy as np
 
 from .layout import FineGrainedSet, ImageRow, Question, Text, question
 from .phrases import categories, hico_verbs, interaction
-from .sources import field, read_json, read_mat, stable_hash
+from .sources import field, numbers, read_json, read_mat, stable_hash
 
+HICO_RULES = ("image-level", "boxes")
 NO_INTERACTION = "no_interaction"
 
 
@@ -69,7 +70,7 @@ def _read_mat(path: Path) -> Annotations:
         return Annotations(
             "boxes", classes, [_boxes(where, own, len(classes)) for own in np.atleast_1d(found["bbox_test"])]
         )
-    labels = np.asarray(field(where, found, "anno_test"), dtype=float)
+    labels = numbers(f"{where}: anno_test", field(where, found, "anno_test"))
     files = [str(name) for name in np.atleast_1d(field(where, found, "list_test"))]
     if labels.shape != (len(classes), len(files)):
         raise ValueError(
@@ -93,7 +94,7 @@ def _boxes(where: str, own: Any, classes: int) -> Annotated:
     for pair in np.atleast_1d(own.hoi):
         # `invis` pairs have no boxes: nobody could see where.
         if not getattr(pair, "invis", 0):
-            shown.add(_class(where, int(pair.id) - 1, classes))
+            shown.add(_class(where, int(numbers(f"{where}: a hoi's id", getattr(pair, "id", None))[0]) - 1, classes))
     return Annotated(str(own.filename), frozenset(shown), frozenset())
 
 
@@ -116,8 +117,8 @@ def _read_json(path: Path) -> Annotations:
         raise ValueError(f"{where} has {len(names)} filenames but {len(annotation)} annotations.")
     images = []
     for name, own in zip(names, annotation, strict=True):
-        numbers = field(f"{name} in {where}", own, "hoi", list)
-        shown = frozenset(_class(f"{name} in {where}", number, len(classes)) for number in numbers)
+        hois = field(f"{name} in {where}", own, "hoi", list)
+        shown = frozenset(_class(f"{name} in {where}", number, len(classes)) for number in hois)
         images.append(Annotated(str(name), shown, frozenset()))
     return Annotations("boxes", classes, images)
 
@@ -132,8 +133,18 @@ def _object(name: str) -> str:
     return name.replace("_", " ")
 
 
+def count_hoi_pos(sources: Mapping[str, Path], rules: Sequence[str], seed: int) -> dict[str, tuple[int, int]]:
+    """(images, texts) of the rule that the file is for."""
+    found = read_annotations(sources["annotations"])
+    real = {number for number, (verb, _) in enumerate(found.classes) if verb != NO_INTERACTION}
+    shown = [image.shown & real for image in found.images]
+    return {found.rule: (sum(map(bool, shown)), len(frozenset().union(*shown)))}
+
+
 def build_hoi_pos(sources: Mapping[str, Path], rule: str, seed: int) -> FineGrainedSet:
     found = read_annotations(sources["annotations"])
+    if found.rule != rule:
+        raise ValueError(f"{sources['annotations']} is for the rule {found.rule!r}, not {rule!r}.")
     texts = {
         number: Text(f"{verb} {name}", *interaction(verb, name))
         for number, (verb, name) in enumerate(found.classes)

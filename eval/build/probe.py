@@ -14,19 +14,10 @@ Build = Callable[[Mapping[str, Path], str, int], FineGrainedSet]
 Count = Callable[[Mapping[str, Path], Sequence[str], int], dict[str, tuple[int, int]]]
 
 
-def counts_by_building(build: Build) -> Count:
-    """For builders whose rules are few: build each and count."""
-
-    def count(sources: Mapping[str, Path], rules: Sequence[str], seed: int) -> dict[str, tuple[int, int]]:
-        built = {rule: build(sources, rule, seed) for rule in rules}
-        return {rule: (len(own.images), len(own.texts)) for rule, own in built.items()}
-
-    return count
-
-
-def choose(found: Mapping[str, tuple[int, int]], paper: tuple[int, int], default: str) -> str:
-    """The first rule that gives the paper's (images, texts), else the default."""
-    return next((rule for rule, counts in found.items() if counts == paper), default)
+def choose(found: Mapping[str, tuple[int, int]], rules: Sequence[str], paper: tuple[int, int], default: str) -> str:
+    """The first rule that gives the paper's (images, texts), else the default, else the only one that was tried."""
+    tried = [rule for rule in rules if rule in found]
+    return next((rule for rule in tried if found[rule] == paper), default if default in tried else tried[0])
 
 
 def table(found: Mapping[str, tuple[int, int]], paper: tuple[int, int]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 
@@ -71,6 +72,14 @@ def read_mat(path: Path, *names: str) -> dict[str, Any]:
         return loadmat(path, squeeze_me=True, struct_as_record=False, variable_names=list(names))
     except Exception as error:  # for damaged files scipy raises nearly anything: MatReadError, TypeError, zlib.error
         raise ValueError(f"{path} is not a readable MATLAB file: {type(error).__name__}: {error}") from error
+
+
+def numbers(where: str, values: Any) -> np.ndarray:
+    """Numbers of a MATLAB file, at least one-dimensional, or a ValueError that says what is there instead."""
+    array = np.atleast_1d(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{where} must be numbers, not {str(values)[:80]!r}.")
+    return array
 
 
 def field(where: str, record: Any, name: str, kind: type | tuple[type, ...] = object) -> Any:

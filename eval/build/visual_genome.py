@@ -46,8 +46,9 @@ def read_relations(path: Path, aliases: Mapping[str, Mapping[str, str]]) -> dict
 
     def shrink(own: dict[str, Any]) -> Any:
         # 2.3 million relations, each a dozen dicts: keep what is needed while reading, or the file fills the memory.
-        if "object_id" in own:
-            name = own.get("name") or next(iter(own.get("names") or []), "")
+        if isinstance(own.get("object_id"), int):
+            names = own.get("names")
+            name = own.get("name") or (names[0] if isinstance(names, list) and names else "")
             return Thing(own["object_id"], _normal(name, aliases.get("objects", {})))
         if "predicate" in own and isinstance(own.get("subject"), Thing) and isinstance(own.get("object"), Thing):
             return Relation(own["subject"], _normal(own["predicate"], aliases.get("predicates", {})), own["object"])
@@ -91,21 +92,42 @@ def read_aliases(path: Path) -> dict[str, str]:
     return aliases
 
 
-def build_vg_pos(sources: Mapping[str, Path], rule: str, seed: int) -> FineGrainedSet:
+def _read(sources: Mapping[str, Path], seed: int) -> dict[int, list[Relation]]:
+    """The relations of each image, in the order in which images are taken."""
     kinds = {"objects": "object_alias", "predicates": "predicate_alias"}
     aliases = {kind: read_aliases(sources[role]) for kind, role in kinds.items() if role in sources}
     relations = read_relations(sources["relationships"], aliases)
+    order = sorted(relations, key=lambda number: (stable_hash(seed, "vg-pos-v1", number), number))
+    return {number: relations[number] for number in order}
+
+
+def count_vg_pos(sources: Mapping[str, Path], rules: Sequence[str], seed: int) -> dict[str, tuple[int, int]]:
+    """(images, texts) of `vg150`; and of the first images in free-form English, each text counted once or per image."""
+    built = build_vg_pos(sources, RULE, seed)
+    words = [
+        {(own.subject.name, own.predicate, own.object.name) for own in relations}
+        for relations in _read(sources, seed).values()
+        if relations
+    ][:IMAGES]
+    return {
+        RULE: (len(built.images), len(built.texts)),
+        "free-form, each text once": (len(words), len(set().union(*words))),
+        "free-form, texts of each image": (len(words), sum(map(len, words))),
+    }
+
+
+def build_vg_pos(sources: Mapping[str, Path], rule: str, seed: int) -> FineGrainedSet:
+    relations = _read(sources, seed)
     dropped: Counter[str] = Counter()
     rows: list[ImageRow] = []
     texts: dict[str, Text] = {}
     questions: list[Question] = []
-    order = sorted(relations, key=lambda number: (stable_hash(seed, "vg-pos-v1", number), number))
-    for position, number in enumerate(order):
+    for position, (number, annotated) in enumerate(relations.items()):
         if len(rows) == IMAGES:
-            dropped["images beyond the first 3,000"] = len(order) - position
+            dropped[f"images beyond the first {IMAGES:,}"] = len(relations) - position
             break
-        known = [own for own in relations[number] if _in_vocabulary(own)]
-        dropped["relations outside of the vocabulary"] += len(relations[number]) - len(known)
+        known = [own for own in annotated if _in_vocabulary(own)]
+        dropped["relations outside of the vocabulary"] += len(annotated) - len(known)
         # Many images name a relation twice, for other objects.
         own_texts = {text.key: text for text in map(_text, known)}
         dropped["relations that an image repeats"] += len(known) - len(own_texts)
