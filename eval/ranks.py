@@ -3,7 +3,8 @@
     ranks = retrieval_ranks(image_embeds, text_embeds, text_to_image)
     ranks.recall(1).text_to_image, ranks.chance(1).text_to_image
 
-Letters: N images, M texts, d embedding size, R multiple-choice rows, S all their candidates together.
+Letters: N images, M texts, P pairs of a text and an image that is right for it, d embedding size, R multiple-choice
+rows, S all their candidates together.
 
 Recall needs no sorting, only the number of wrong answers that score above the best right one, and the number that
 score the same. Both are counted for both directions from one tiled fp32 matrix product; no N x M matrix is ever held.
@@ -15,7 +16,7 @@ the tiles were cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -48,26 +49,36 @@ class Recall(NamedTuple):
 class RetrievalRanks:
     """Where the right answers stand, as counts: all that recall at any K needs. Fields are int64 tensors on the CPU.
 
-    An image that owns no text asks no question: it is a wrong answer for every text and not counted in `image_to_text`.
+    An image without a right text asks no question: it is a wrong answer for every text and not counted in
+    `image_to_text`. The same holds for texts without a right image.
     """
 
     captions: torch.Tensor
-    """[N] texts that each image owns."""
+    """[N] texts that are right for each image."""
     image_greater: torch.Tensor
-    """[N] texts of other images that score above the image's best own text."""
+    """[N] wrong texts that score above the image's best right one."""
     image_equal: torch.Tensor
-    """[N] texts of other images that tie with the image's best own text."""
+    """[N] wrong texts that tie with the image's best right one."""
     image_best: torch.Tensor
-    """[N] own texts that tie for the image's best, itself included."""
+    """[N] right texts that tie for the image's best, itself included."""
+    text_images: torch.Tensor
+    """[M] images that are right for each text."""
     text_greater: torch.Tensor
-    """[M] images that score above the text's own image."""
+    """[M] wrong images that score above the text's best right one."""
     text_equal: torch.Tensor
-    """[M] other images that tie with the text's own image."""
+    """[M] wrong images that tie with the text's best right one."""
+    text_best: torch.Tensor
+    """[M] right images that tie for the text's best, itself included."""
 
     @property
     def num_images_without_text(self) -> int:
-        """Images that no text belongs to."""
+        """Images that no text is right for."""
         return int((self.captions == 0).sum())
+
+    @property
+    def num_texts_without_image(self) -> int:
+        """Texts that no image is right for."""
+        return int((self.text_images == 0).sum())
 
     @property
     def num_tied_queries(self) -> int:
@@ -87,19 +98,21 @@ class RetrievalRanks:
         """
         asks = self.captions > 0
         images = _hits(self.image_greater[asks], self.image_equal[asks], self.image_best[asks], k, ties)
-        texts = _hits(self.text_greater, self.text_equal, torch.ones_like(self.text_equal), k, ties)
+        asks = self.text_images > 0
+        texts = _hits(self.text_greater[asks], self.text_equal[asks], self.text_best[asks], k, ties)
         return Recall(image_to_text=images.mean().item(), text_to_image=texts.mean().item())
 
     def chance(self, k: int) -> Recall:
-        """The exact expectation of `recall(k)` for random rankings: 1 - C(M-c, k) / C(M, k) for an image with c texts.
+        """The exact expectation of `recall(k)` for random rankings: 1 - C(M-c, k) / C(M, k) for an image with c texts,
+        1 - C(N-c, k) / C(N, k) for a text with c images.
 
         Raises:
             ValueError: for `k` < 1.
         """
-        captions = self.captions[self.captions > 0]
-        nothing = torch.zeros_like(captions)
-        image_to_text = hit_probability(nothing, len(self.text_greater) - captions, captions, k).mean().item()
-        return Recall(image_to_text=image_to_text, text_to_image=min(k, len(self.captions)) / len(self.captions))
+        return Recall(
+            image_to_text=_chance(self.captions, len(self.text_images), k),
+            text_to_image=_chance(self.text_images, len(self.captions), k),
+        )
 
     def mean_recall(self, ties: Ties = "expected") -> float:
         """The mean of R@1, R@5 and R@10 of both directions, in [0, 1]."""
@@ -123,23 +136,27 @@ def retrieval_ranks(
         image_embeds: [N, d] of a floating type. Nothing is normalised here: unit rows give cosine similarity, and that
             is the caller's business.
         text_embeds: [M, d], on the same device.
-        text_to_image: [M] integers in [0, N): the image that each text belongs to.
-        tile: rows and columns of the score blocks; memory beside the embeddings is O(tile^2). The result is the same
-            for every value.
+        text_to_image: [M] integers in [0, N), the image that each text belongs to; or [P, 2] integers, pairs of a text
+            in [0, M) and an image in [0, N) that are right for each other, of which a text may have several or none
+            (`text_equal_pairs`, `distinct_texts`). Pairs that are repeated count once.
+        tile: rows and columns of the score blocks; memory beside the embeddings is O(tile^2 + P). The result is the
+            same for every value.
 
     Returns:
         The counts on the CPU. Scores closer than fp64 rounding (about 1e-14 of the largest) are ties, so repeated rows
         always tie.
 
     Raises:
-        ValueError: for wrong shapes or types, no images or texts, indices outside [0, N), values that are not finite.
+        ValueError: for wrong shapes or types, no images, texts or pairs, indices outside their range, values that are
+            not finite.
     """
-    images, texts, owner, rounding = _checked(image_embeds, text_embeds, text_to_image)
+    images, texts, rounding = _checked(image_embeds, text_embeds)
+    pairs = _checked_pairs(text_to_image, len(texts), len(images)).to(images.device)
     if tile < 1:
         raise ValueError(f"tile must be at least 1, not {tile}.")
     # `tiny` covers products that fp32 flushes to zero.
     margin = rounding * 2.0**-24 + torch.finfo(torch.float32).tiny
-    counts = _Counts(images, texts, owner, tie=rounding * 2.0**-53, margin=margin)
+    counts = _Counts(images, texts, pairs, tie=rounding * 2.0**-53, margin=margin)
     buffers = torch.empty(3, min(tile, len(texts)) * min(tile, len(images)), device=images.device)
     with _full_fp32():
         fp32_images = images.float()
@@ -151,6 +168,41 @@ def retrieval_ranks(
                 torch.mm(block, part.T, out=scores)
                 counts.add(scores, row, column, work)
     return counts.result()
+
+
+def distinct_texts(
+    texts: Sequence[str], text_to_image: torch.Tensor | np.ndarray | Sequence[int]
+) -> tuple[list[str], torch.Tensor]:
+    """Equal texts merged to one query and one answer: the U distinct texts, in order of their first use, and the pairs
+    [P, 2] of each with every image that owns it.
+
+    Args:
+        texts: M strings; equal means the same characters.
+        text_to_image: [M] integers, the image that each of them belongs to.
+    """
+    owner = torch.as_tensor(text_to_image).long()
+    if owner.shape != (len(texts),):
+        raise ValueError(
+            f"text_to_image must hold one integer for each of the {len(texts)} texts, not {list(owner.shape)}."
+        )
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    pairs = torch.stack([torch.tensor([place[text] for text in texts], dtype=torch.long), owner], dim=1)
+    return list(place), pairs.unique(dim=0)
+
+
+def text_equal_pairs(texts: Sequence[str], text_to_image: torch.Tensor | np.ndarray | Sequence[int]) -> torch.Tensor:
+    """The pairs [P, 2] of each of the M texts with every image that owns an equal one: nobody is wrong for retrieving
+    the same words from another image. Arguments as for `distinct_texts`.
+
+    The official script credits one position of a repeated text and one of its images (eval_retrieval.py), which on the
+    COCO test set leaves 159 captions without any credit.
+    """
+    distinct, pairs = distinct_texts(texts, text_to_image)
+    place = {text: i for i, text in enumerate(distinct)}
+    images: list[list[int]] = [[] for _ in distinct]
+    for text, image in pairs.tolist():
+        images[text].append(image)
+    return torch.tensor([(i, image) for i, text in enumerate(texts) for image in images[place[text]]]).view(-1, 2)
 
 
 def hit_probability(greater: torch.Tensor, equal: torch.Tensor, right: torch.Tensor, k: int) -> torch.Tensor:
@@ -200,8 +252,7 @@ def choice_hits(
     if wrong:
         raise ValueError(f"Row {wrong[0]} has label {int(labels[wrong[0]])} but {int(sizes[wrong[0]])} candidates.")
     owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    images, candidates, owner, rounding = _checked(image_embeds, candidate_embeds, owner)
-    owner = owner.cpu()
+    images, candidates, rounding = _checked(image_embeds, candidate_embeds)
     scores = _exact_scores(images.cpu(), candidates.cpu(), owner, torch.arange(len(owner)))
     true = torch.cumsum(sizes, 0) - sizes + labels
     tie = rounding * 2.0**-53
@@ -215,37 +266,31 @@ def choice_hits(
 class _Counts:
     """Running counts of both directions over the tiles of one score matrix."""
 
-    def __init__(self, images: torch.Tensor, texts: torch.Tensor, owner: torch.Tensor, *, tie: float, margin: float):
-        self.images, self.texts, self.owner, self.tie, self.margin = images, texts, owner, tie, margin
-        self.own = _exact_scores(texts, images, torch.arange(len(texts), device=owner.device), owner)
-        # Nothing scores above the infinite "best own text" of an image that has none.
-        best = torch.full((len(images),), -math.inf, dtype=torch.float64, device=images.device)
-        best = best.scatter_reduce(0, owner, self.own, "amax")
-        self.best = torch.where(best == -math.inf, math.inf, best)
-        self.captions = torch.bincount(owner, minlength=len(images))
-        is_best = (self.own >= self.best[owner] - tie).long()
-        self.image_best = torch.zeros_like(self.captions).index_add_(0, owner, is_best)
-        self.image_greater, self.image_equal = torch.zeros_like(self.captions), torch.zeros_like(self.captions)
-        self.text_greater, self.text_equal = torch.zeros_like(owner), torch.zeros_like(owner)
+    def __init__(self, images: torch.Tensor, texts: torch.Tensor, pairs: torch.Tensor, *, tie: float, margin: float):
+        self.images, self.texts, self.tie, self.margin = images, texts, tie, margin
+        self.pair_text, self.pair_image = pairs.T.contiguous()  # ascending in the text
+        scores = _exact_scores(texts, images, self.pair_text, self.pair_image)
+        self.text_right = _Right(scores, self.pair_text, len(texts), tie)
+        self.image_right = _Right(scores, self.pair_image, len(images), tie)
 
     def add(self, scores: torch.Tensor, row: int, column: int, work: list[torch.Tensor]) -> None:
         """Count one tile: `scores` of texts row.. against images column.., with two float buffers of its shape."""
         rows, columns = slice(row, row + scores.shape[0]), slice(column, column + scores.shape[1])
         texts, images = self.texts[rows], self.images[columns]
-        own = self.owner[rows] - column
-        inside = ((own >= 0) & (own < len(images))).nonzero().flatten()
+        edges = torch.tensor([rows.start, rows.stop], device=self.pair_text.device)
+        first, last = torch.searchsorted(self.pair_text, edges).tolist()
+        text, image = self.pair_text[first:last] - row, self.pair_image[first:last] - column
+        inside = (image >= 0) & (image < len(images))
         # A right answer competes with wrong ones only.
-        scores[inside, own[inside]] = -math.inf
+        scores[text[inside], image[inside]] = -math.inf
 
-        for axis, right, part, greater, equal in (
-            (1, self.own[rows], rows, self.text_greater, self.text_equal),
-            (0, self.best[columns], columns, self.image_greater, self.image_equal),
-        ):
-            above, text, image = self._compare(scores, right.unsqueeze(axis), axis, work)
+        for axis, right, part in ((1, self.text_right, rows), (0, self.image_right, columns)):
+            best = right.best[part]
+            above, text, image = self._compare(scores, best.unsqueeze(axis), axis, work)
             kept = (text, image)[1 - axis]
-            distance = _exact_tile_scores(texts, images, text, image) - right[kept]
-            greater[part] += above.index_add_(0, kept, (distance > self.tie).long())
-            equal[part] += torch.zeros_like(above).index_add_(0, kept, (distance.abs() <= self.tie).long())
+            distance = _exact_tile_scores(texts, images, text, image) - best[kept]
+            right.greater[part] += above.index_add_(0, kept, (distance > self.tie).long())
+            right.equal[part] += torch.zeros_like(above).index_add_(0, kept, (distance.abs() <= self.tie).long())
 
     def _compare(
         self, scores: torch.Tensor, right: torch.Tensor, axis: int, work: list[torch.Tensor]
@@ -257,14 +302,31 @@ class _Counts:
         return above.sum(axis).long(), *_nonzero(near)
 
     def result(self) -> RetrievalRanks:
+        image, text = self.image_right, self.text_right
         return RetrievalRanks(
-            captions=self.captions.cpu(),
-            image_greater=self.image_greater.cpu(),
-            image_equal=self.image_equal.cpu(),
-            image_best=self.image_best.cpu(),
-            text_greater=self.text_greater.cpu(),
-            text_equal=self.text_equal.cpu(),
+            captions=image.count.cpu(),
+            image_greater=image.greater.cpu(),
+            image_equal=image.equal.cpu(),
+            image_best=image.tied.cpu(),
+            text_images=text.count.cpu(),
+            text_greater=text.greater.cpu(),
+            text_equal=text.equal.cpu(),
+            text_best=text.tied.cpu(),
         )
+
+
+class _Right:
+    """The right answers of the queries of one direction, and the counts of wrong ones so far; all [queries]."""
+
+    def __init__(self, scores: torch.Tensor, query: torch.Tensor, queries: int, tie: float):
+        """`scores` [P] fp64 of the right answers, `query` [P] the query that each belongs to."""
+        best = torch.full((queries,), -math.inf, dtype=torch.float64, device=scores.device)
+        best = best.scatter_reduce(0, query, scores, "amax")
+        # Nothing scores above the infinite best answer of a query that has none.
+        self.best = torch.where(best == -math.inf, math.inf, best)
+        self.count = torch.bincount(query, minlength=queries)
+        self.tied = torch.zeros_like(self.count).index_add_(0, query, (scores >= self.best[query] - tie).long())
+        self.greater, self.equal = torch.zeros_like(self.count), torch.zeros_like(self.count)
 
 
 def _hits(greater: torch.Tensor, equal: torch.Tensor, right: torch.Tensor, k: int, ties: Ties) -> torch.Tensor:
@@ -275,6 +337,12 @@ def _hits(greater: torch.Tensor, equal: torch.Tensor, right: torch.Tensor, k: in
     elif ties != "expected":
         raise ValueError(f'ties is one of "expected", "optimistic" and "pessimistic", not {ties!r}.')
     return hit_probability(greater, equal, right, k)
+
+
+def _chance(right: torch.Tensor, gallery: int, k: int) -> float:
+    """The mean probability that one of `right` answers is among `k` drawn from a gallery, over the queries with any."""
+    right = right[right > 0]
+    return hit_probability(torch.zeros_like(right), gallery - right, right, k).mean().item()
 
 
 def _exact_scores(left: torch.Tensor, right: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
@@ -316,10 +384,10 @@ def _full_fp32() -> Iterator[None]:
 
 
 def _checked(
-    image_embeds: torch.Tensor | np.ndarray, text_embeds: torch.Tensor | np.ndarray, owner: torch.Tensor | np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """Images, texts and owners as tensors on one device, and the rounding error of any of their dot products in units
-    of the precision it is computed in; or a ValueError that says what is wrong."""
+    image_embeds: torch.Tensor | np.ndarray, text_embeds: torch.Tensor | np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Images and texts as tensors, and the rounding error of any of their dot products in units of the precision it is
+    computed in; or a ValueError that says what is wrong."""
     images, texts = torch.as_tensor(image_embeds).detach(), torch.as_tensor(text_embeds).detach()
     largest = []
     for name, embeds in (("image", images), ("text", texts)):
@@ -343,14 +411,25 @@ def _checked(
         raise ValueError(
             f"Embeddings of norm {largest[0]:.3g} and {largest[1]:.3g} overflow in fp32: normalise them first."
         )
-    owner = torch.as_tensor(owner)
-    if owner.is_floating_point() or owner.is_complex() or owner.dtype == torch.bool or owner.shape != (len(texts),):
-        seen = f"{owner.dtype} {list(owner.shape)}"
-        raise ValueError(f"text_to_image must hold one integer for each of the {len(texts)} texts, not {seen}.")
-    outside = ((owner < 0) | (owner >= len(images))).nonzero().flatten().tolist()
-    if outside:
+    return images, texts, ROUNDING_CONSTANT * math.sqrt(images.shape[1]) * largest[0] * largest[1]
+
+
+def _checked_pairs(text_to_image: torch.Tensor | np.ndarray, texts: int, images: int) -> torch.Tensor:
+    """[P, 2] int64, distinct, ascending; or a ValueError that says what is wrong."""
+    given = torch.as_tensor(text_to_image)
+    owners, pairs = given.shape == (texts,), given.ndim == 2 and given.shape[1:] == (2,)
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or not (owners or pairs):
         raise ValueError(
-            f"text_to_image[{outside[0]}] is {int(owner[outside[0]])}, but there are {len(images)} images."
+            f"text_to_image must hold one integer for each of the {texts} texts, or [P, 2] pairs of a text and an "
+            f"image, not {given.dtype} {list(given.shape)}."
         )
-    rounding = ROUNDING_CONSTANT * math.sqrt(images.shape[1]) * largest[0] * largest[1]
-    return images, texts, owner.to(images.device, torch.long), rounding
+    if not len(given):
+        raise ValueError("There is no pair of a text and an image: nothing to ask.")
+    given = given.long()
+    found = given if pairs else torch.stack([torch.arange(texts, device=given.device), given], dim=1)
+    for name, values, limit in (("texts", found[:, 0], texts), ("images", found[:, 1], images)):
+        outside = ((values < 0) | (values >= limit)).nonzero().flatten().tolist()
+        if outside:
+            seen = given[outside[0]].tolist()
+            raise ValueError(f"text_to_image[{outside[0]}] is {seen}, but there are {limit} {name}.")
+    return found.unique(dim=0) if pairs else found

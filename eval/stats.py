@@ -78,9 +78,10 @@ def retrieval_sample(
     """R@1, R@5 and R@10 of both directions and "mean_recall", as `RetrievalRanks.recall` gives them.
 
     Args:
-        ranks: of N images and M texts. Images that own no text are distractors: they are in the gallery of every
-            resample, and are not drawn.
-        text_to_image: [M] integers in [0, N): the image that each text is drawn with, as for `retrieval_ranks`.
+        ranks: of N images and M texts. Images without a right text are distractors: they are in the gallery of every
+            resample, and are not drawn. Texts without a right image are no queries.
+        text_to_image: [M] integers in [0, N): the image that each text is drawn with, as for `retrieval_ranks`; of a
+            text that is right for several images (`ranks.distinct_texts`) one of them, e.g. the first.
         image_ids: [N] strings that name the images, so that `paired_bootstrap` can refuse to pair different ones.
 
     Raises:
@@ -104,8 +105,9 @@ def retrieval_sample(
             f"{int(ranks.captions[wrong[0]])}: these are the ranks of another data set or language."
         )
     image_counts = ranks.image_greater[asks], ranks.image_equal[asks], ranks.image_best[asks]
-    text_counts = ranks.text_greater, ranks.text_equal, torch.ones_like(ranks.text_equal)
-    directions = (("text_to_image", text_counts, owner), ("image_to_text", image_counts, asks))
+    queries = ranks.text_images > 0
+    text_counts = ranks.text_greater[queries], ranks.text_equal[queries], ranks.text_best[queries]
+    directions = (("text_to_image", text_counts, owner[queries]), ("image_to_text", image_counts, asks))
     columns = {
         f"{direction}_R@{k}": _per_image(hit_probability(*counts, k), query_image, images)
         for direction, counts, query_image in directions

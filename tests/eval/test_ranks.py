@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -9,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from eval.ranks import Recall, choice_hits, hit_probability, retrieval_ranks
+from eval.ranks import (
+    Recall,
+    choice_hits,
+    distinct_texts,
+    hit_probability,
+    retrieval_ranks,
+    text_equal_pairs,
+)
 
 # Rows are 4 images, columns 8 texts; texts 2i and 2i+1 belong to image i. By hand, so that every rank can be read off.
 SCORES = torch.tensor(
@@ -56,8 +64,9 @@ def test_mean_recall_is_the_mean_of_six():
     assert ranks.mean_recall() == pytest.approx((0.5 + 1 + 1 + 2.5 / 8 + 1 + 1) / 6, abs=1e-12)
 
 
-def brute_force(images: np.ndarray, texts: np.ndarray, owner: np.ndarray, k: int) -> tuple[float, float]:
-    """Both any-hit recalls by full argsort, averaged over all orders of the answers that tie with the best one."""
+def brute_force(images: np.ndarray, texts: np.ndarray, right: np.ndarray, k: int) -> tuple[float, float]:
+    """Both any-hit recalls by full argsort, averaged over all orders of the answers that tie with the best right one.
+    `right` [M, N] says which images are right for which texts; queries without a right answer are left out."""
 
     def hit(scores: np.ndarray, right: np.ndarray) -> float:
         order = np.argsort(-scores, kind="stable")
@@ -70,9 +79,8 @@ def brute_force(images: np.ndarray, texts: np.ndarray, owner: np.ndarray, k: int
         return 1 - math.comb(len(group) - own, places) / math.comb(len(group), places)
 
     scores = images.astype(np.float64) @ texts.astype(np.float64).T
-    asks = [i for i in range(len(images)) if (owner == i).any()]
-    image_to_text = np.mean([hit(scores[i], owner == i) for i in asks])
-    text_to_image = np.mean([hit(scores[:, t], np.arange(len(images)) == owner[t]) for t in range(len(texts))])
+    image_to_text = np.mean([hit(scores[i], right[:, i]) for i in range(len(images)) if right[:, i].any()])
+    text_to_image = np.mean([hit(scores[:, t], right[t]) for t in range(len(texts)) if right[t].any()])
     return float(image_to_text), float(text_to_image)
 
 
@@ -87,8 +95,96 @@ def test_equals_brute_force_with_ties(levels: int, seed: int):
     ranks = retrieval_ranks(images, texts, owner, tile=16)
     assert ranks.num_images_without_text > 0
     assert (ranks.num_tied_queries > 20) == (levels < 1000)
+    right = owner[:, None] == np.arange(37)
     for k in (1, 2, 5, 10, 36, 90, 1000):
-        assert ranks.recall(k) == pytest.approx(brute_force(images, texts, owner, k), abs=1e-12)
+        assert ranks.recall(k) == pytest.approx(brute_force(images, texts, right, k), abs=1e-12)
+
+
+@pytest.mark.parametrize("levels", [1, 1000])
+@pytest.mark.parametrize("seed", range(2))
+def test_pairs_equal_brute_force_with_ties(levels: int, seed: int):
+    """Texts with several right images, with one, and with none; images likewise; pairs repeated and in any order."""
+    rng = np.random.default_rng(seed)
+    images = (rng.integers(-levels, levels + 1, (37, 5)) / levels).astype(np.float32)
+    texts = (rng.integers(-levels, levels + 1, (60, 5)) / levels).astype(np.float32)
+    pairs = np.stack([rng.integers(0, 45, 120), rng.integers(0, 30, 120)], axis=1)
+    pairs = np.concatenate([pairs, pairs[::3]])
+    right = np.zeros((60, 37), dtype=bool)
+    right[tuple(pairs.T)] = True
+    ranks = retrieval_ranks(images, texts, pairs, tile=16)
+    assert ranks.captions.tolist() == right.sum(0).tolist() and ranks.text_images.tolist() == right.sum(1).tolist()
+    assert ranks.num_texts_without_image >= 15 and ranks.num_images_without_text >= 7
+    for k in (1, 2, 5, 10, 36, 60, 1000):
+        assert ranks.recall(k) == pytest.approx(brute_force(images, texts, right, k), abs=1e-12)
+    constant = retrieval_ranks(np.ones((37, 2)), np.ones((60, 2)), pairs)
+    for k in (1, 5, 50):
+        assert constant.recall(k) == pytest.approx(ranks.chance(k), abs=1e-12)
+
+
+def test_owners_are_pairs():
+    pairs = torch.stack([torch.arange(8), OWNER], dim=1)
+    shuffled = pairs[torch.tensor([5, 0, 7, 2, 1, 3, 6, 4])]
+    other = retrieval_ranks(torch.eye(4), SCORES.T.contiguous(), shuffled)
+    for name, value in dataclasses.asdict(by_hand()).items():
+        assert getattr(other, name).equal(value)
+
+
+# ---- Repeated captions
+
+
+# Images 0, 1, 2; the caption "a dog" was written for 0 and for 2.
+REPEATED, REPEATED_OWNER = ["a dog", "a cat", "a dog", "a bird"], torch.tensor([0, 1, 2, 2])
+# Rows are texts: "a dog" fits image 2 best, then 1, then 0.
+REPEATED_SCORES = torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, 4.0], [1.0, 2.0, 3.0], [2.0, 0.0, 1.0]])
+
+
+def test_equal_texts_by_hand():
+    pairs = text_equal_pairs(REPEATED, REPEATED_OWNER)
+    assert pairs.tolist() == [[0, 0], [0, 2], [1, 1], [2, 0], [2, 2], [3, 2]]
+    ranks = retrieval_ranks(torch.eye(3), REPEATED_SCORES, pairs)
+    assert ranks.text_images.tolist() == [2, 1, 2, 1] and ranks.captions.tolist() == [2, 1, 3]
+    # Both "a dog" are right for image 0, whose best text is "a bird" (2), so one wrong text is above the two (1 and 1);
+    # image 1: "a cat"; image 2: "a cat" (4) is above "a dog" (3 and 3).
+    assert ranks.image_greater.tolist() == [1, 0, 1] and ranks.image_best.tolist() == [2, 1, 2]
+    # Image 2 is right for either "a dog", and it is first; "a bird" has image 0 before image 2.
+    assert ranks.text_greater.tolist() == [0, 0, 0, 1] and ranks.text_best.tolist() == [1, 1, 1, 1]
+    assert ranks.recall(1) == Recall(image_to_text=1 / 3, text_to_image=3 / 4)
+
+
+def test_owners_only_by_hand():
+    """The other protocol: the first "a dog" is right for image 0 only; its twin is a wrong text there, and ties."""
+    ranks = retrieval_ranks(torch.eye(3), REPEATED_SCORES, REPEATED_OWNER)
+    assert ranks.text_greater.tolist() == [2, 0, 0, 1]
+    assert ranks.image_greater.tolist() == [1, 0, 1] and ranks.image_equal.tolist() == [1, 0, 1]
+    assert ranks.recall(1) == Recall(image_to_text=1 / 3, text_to_image=2 / 4)
+    # Image 0: "a bird", then the two in either order, so that two places hold the own one half of the time; as 2.
+    assert ranks.recall(2).image_to_text == pytest.approx((0.5 + 1 + 0.5) / 3)
+
+
+def test_distinct_texts_by_hand():
+    """One query and one answer for each distinct text."""
+    texts, pairs = distinct_texts(REPEATED, REPEATED_OWNER)
+    assert texts == ["a dog", "a cat", "a bird"] and pairs.tolist() == [[0, 0], [0, 2], [1, 1], [2, 2]]
+    ranks = retrieval_ranks(torch.eye(3), REPEATED_SCORES[[0, 1, 3]], pairs)
+    assert ranks.recall(1) == Recall(image_to_text=1 / 3, text_to_image=2 / 3)
+    assert ranks.num_tied_queries == 0
+
+
+def test_without_repetitions_the_protocols_agree():
+    texts = [f"text {i}" for i in range(8)]
+    same = retrieval_ranks(torch.eye(4), SCORES.T.contiguous(), text_equal_pairs(texts, OWNER))
+    distinct, pairs = distinct_texts(texts, OWNER)
+    assert distinct == texts and pairs.tolist() == [[i, int(OWNER[i])] for i in range(8)]
+    for name, value in dataclasses.asdict(by_hand()).items():
+        assert getattr(same, name).equal(value)
+
+
+def test_a_text_without_an_image_is_a_distractor_and_not_a_question():
+    texts = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+    ranks = retrieval_ranks(torch.tensor([[1.0, 0.0]]), texts, torch.tensor([[0, 0]]))
+    assert ranks.num_texts_without_image == 1
+    assert ranks.recall(1) == Recall(image_to_text=0.0, text_to_image=1.0)
+    assert ranks.chance(1) == Recall(image_to_text=0.5, text_to_image=1.0)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -103,11 +199,12 @@ def test_tiles_and_threads_change_nothing(threads: int):
     torch.set_num_threads(threads)
     try:
         whole = retrieval_ranks(images.double(), texts.double(), owner)
-        for tile in (7, 32, 61, 203):
+        # Two threads on two busy cores wait for each other at every product.
+        for tile in (7, 32, 61, 203) if threads == 1 else (61,):
             for dtype in (torch.float32, torch.float64):
                 ranks = retrieval_ranks(images.to(dtype), texts.to(dtype), owner, tile=tile)
-                for name in ("image_greater", "image_equal", "image_best", "text_greater", "text_equal"):
-                    assert getattr(ranks, name).equal(getattr(whole, name)), (name, tile, dtype)
+                for name, value in dataclasses.asdict(whole).items():
+                    assert getattr(ranks, name).equal(value), (name, tile, dtype)
     finally:
         torch.set_num_threads(before)
     repeated = torch.isin(owner, torch.tensor([3, 7, 60]))
@@ -211,6 +308,10 @@ def test_a_training_loop_s_precision_settings_do_not_reach_the_scores(monkeypatc
         (torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0, 2]), r"text_to_image\[1\] is 2, but there are 2 images"),
         (torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0, -1]), r"text_to_image\[1\] is -1"),
         (torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0]), r"one integer for each of the 2 texts.*\[1\]"),
+        (torch.ones(2, 3), torch.ones(2, 3), torch.tensor([[0, 0, 0]]), r"pairs of a text and an image.*\[1, 3\]"),
+        (torch.ones(2, 3), torch.ones(3, 3), torch.tensor([[0, 0], [2, 2]]), r"\[1\] is \[2, 2\], but .* 2 images"),
+        (torch.ones(2, 3), torch.ones(3, 3), torch.tensor([[3, 0]]), r"\[0\] is \[3, 0\], but there are 3 texts"),
+        (torch.ones(2, 3), torch.ones(3, 3), torch.zeros(0, 2).long(), "nothing to ask"),
         (torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0.0, 1.0]), "float32"),
         (torch.ones(2, 3), torch.ones(2, 3), torch.tensor([True, False]), "bool"),
         (torch.ones(2, 3), torch.ones(2, 4), torch.tensor([0, 1]), "3 dimensions and texts 4"),
@@ -242,6 +343,12 @@ def test_bad_k_ties_and_tile_are_named():
         by_hand().recall(1, ties="lucky")
     with pytest.raises(ValueError, match="tile"):
         by_hand(tile=0)
+
+
+def test_repeated_captions_need_their_owners():
+    for function in (distinct_texts, text_equal_pairs):
+        with pytest.raises(ValueError, match=r"one integer for each of the 2 texts, not \[1\]"):
+            function(["a", "b"], [0])
 
 
 def test_choice_by_hand():

@@ -214,6 +214,18 @@ def test_ties_count_in_expectation():
     assert (interval.value, interval.low, interval.high) == pytest.approx((0.1, 0.1, 0.1), abs=1e-12)
 
 
+def test_texts_that_are_right_for_several_images_or_for_none():
+    """By pairs: the values are the scorer's, and a text without a right image is no query."""
+    images, texts, _ = embeddings()
+    pairs = torch.tensor([[t, i] for t in range(0, len(texts) - 5) for i in (t % 61, (3 * t) % 40)])
+    ranks = retrieval_ranks(images, texts, pairs)
+    assert ranks.num_texts_without_image == 5
+    found = bootstrap(retrieval_sample(ranks, torch.arange(len(texts)) % 61), resamples=10)
+    for k in RECALL_AT:
+        assert found[f"text_to_image_R@{k}"].value == pytest.approx(ranks.recall(k).text_to_image, abs=1e-12)
+        assert found[f"image_to_text_R@{k}"].value == pytest.approx(ranks.recall(k).image_to_text, abs=1e-12)
+
+
 def test_one_image():
     ranks = retrieval_ranks(torch.ones(1, 2), torch.ones(1, 2), torch.tensor([0]))
     interval = bootstrap(retrieval_sample(ranks, torch.tensor([0])), resamples=3)["mean_recall"]
@@ -244,7 +256,8 @@ def test_memory_does_not_grow_with_resamples_times_texts():
     owner = torch.arange(25_000) // 5
     greater = torch.randint(0, 30, (30_000,), generator=torch.Generator().manual_seed(0))
     none, one = torch.zeros(5000, dtype=torch.long), torch.ones(5000, dtype=torch.long)
-    ranks = RetrievalRanks(5 * one, greater[:5000], none, one, greater[5000:], none.repeat(5))
+    texts = (one.repeat(5), greater[5000:], none.repeat(5), one.repeat(5))
+    ranks = RetrievalRanks(5 * one, greater[:5000], none, one, *texts)
     found = retrieval_sample(ranks, owner)
     tracemalloc.start()
     try:
