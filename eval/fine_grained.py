@@ -28,6 +28,8 @@ class FineGrained:
     labelled: Labelled | None
     choices: Table | None
     manifest: dict[str, Any]
+    gallery: dict[str, list[str]]
+    """language -> every text of the set once, also those that are right for no image."""
     counts: dict[str, int]
     """Images, texts, pairs and choices, as the manifest counts them."""
 
@@ -55,9 +57,9 @@ def read_fine_grained(task: Task, source: Source | None) -> FineGrained:
         counts["choices"] = len(choices)
     labelled = None
     if task.classes:
-        # Also the classes that no image of the split belongs to, which `texts` names and the rows do not.
         labelled = read_labelled(task, folder, captions.table)
-    return FineGrained(captions, labelled, choices, manifest, counts)
+    gallery = {language: texts.column(f"text_{language}") for language in task.languages}
+    return FineGrained(captions, labelled, choices, manifest, gallery, counts)
 
 
 def fine_grained_benchmarks(task: Task, encoder: Encoder, data: FineGrained, limit: int | None) -> list[Benchmark]:
@@ -77,7 +79,7 @@ def fine_grained_benchmarks(task: Task, encoder: Encoder, data: FineGrained, lim
             protocol=task.protocol,
             positives=task.positives,
             paired=task.paired,
-            distinct_texts=True,
+            gallery=data.gallery,
         )
     ]
     if data.labelled is not None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .files import replaced
-from .stats import Sample, bootstrap, paired_bootstrap
+from .stats import Interval, Sample, bootstrap, paired_bootstrap
 
 VERSIONS_OF = ("torch", "transformers", "datasets", "numpy", "pillow")
 
@@ -64,10 +64,7 @@ class Benchmark:
     def as_json(self) -> dict[str, Any]:
         """Everything but samples and ranks: fractions unrounded, each with its chance level and the ends of its 95 %
         interval; and for paired zh and en their difference, with its interval and p-value."""
-        intervals = {
-            language: {name: value for sample in own for name, value in bootstrap(sample).items()}
-            for language, own in self.samples.items()
-        }
+        intervals, notes = self._intervals()
         metrics = {
             metric: {
                 language: {**score._asdict(), **_ends(intervals.get(language, {}).get(metric))}
@@ -76,11 +73,11 @@ class Benchmark:
             for metric, scores in self.metrics.items()
         }
         plain = {name: getattr(self, name) for name in ("name", "protocol", "counts", "paired")}
-        gap, notes = {}, dict(self.notes)
+        gap: dict[str, Any] = {}
         if self.paired and {"zh", "en"} <= set(self.samples):
             try:
                 gap = compare_samples(self.samples["zh"], self.samples["en"])
-            except ValueError as error:  # one language has a text for so few images that a resample may hold none
+            except ValueError as error:
                 notes["no test of the gap"] = str(error)
         return {
             **plain,
@@ -90,6 +87,20 @@ class Benchmark:
             **({"gap_zh_en": gap} if gap else {}),
             **({"details": self.details} if self.details else {}),
         }
+
+    def _intervals(self) -> tuple[dict[str, dict[str, Interval]], dict[str, Any]]:
+        """language -> score -> interval, and the notes. So few images may have a query that a resample holds none: then
+        there is no interval, and a note says so."""
+        intervals: dict[str, dict[str, Interval]] = {}
+        notes = dict(self.notes)
+        for language, own in self.samples.items():
+            intervals[language] = {}
+            for sample in own:
+                try:
+                    intervals[language] |= bootstrap(sample)
+                except ValueError as error:
+                    notes[f"no {language} intervals"] = str(error)
+        return intervals, notes
 
 
 def compare_samples(first: Sequence[Sample], second: Sequence[Sample]) -> dict[str, dict[str, float]]:

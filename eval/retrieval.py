@@ -21,13 +21,14 @@ import torch.distributed as dist
 from .data import Source, Table, caption_list, open_data, open_table
 from .embed import Encoder
 from .models import adapt
-from .ranks import RECALL_AT, RetrievalRanks, retrieval_ranks
+from .ranks import RECALL_AT, RetrievalRanks, distinct_texts, retrieval_ranks, text_equal_pairs
 from .results import Benchmark, Score
 from .stats import Sample, retrieval_sample
 from .tasks import Task
 
 Positives = Literal["text-equal", "owner"]
 DIRECTIONS = ("text_to_image", "image_to_text")
+TEXT_COUNTS = ("images", "greater", "equal", "best")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def retrieval_benchmark(
     protocol: str = "any-hit/text-equal/fp32",
     positives: Positives = "text-equal",
     paired: bool = False,
-    distinct_texts: bool = False,
+    gallery: Mapping[str, Sequence[str]] | None = None,
 ) -> Benchmark:
     """Score images against the captions of each language, not all of them empty.
 
@@ -139,8 +140,8 @@ def retrieval_benchmark(
         image_embeds: [N, E] if they are there already.
         positives: see `Task.positives`.
         paired: whether the languages are to be compared.
-        distinct_texts: a text that several images have is one query and one answer (the fine-grained sets), not one
-            for each of them (the photo sets).
+        gallery: language -> the distinct texts of the set. A text that several images have is then one query and one
+            answer (the fine-grained sets), not one for each of them (the photo sets).
     """
     if image_embeds is None:
         image_embeds = encoder.images(data.table, data.image_column)
@@ -150,9 +151,22 @@ def retrieval_benchmark(
     for language, lists in data.captions.items():
         texts = [text for own in lists for text in own]
         owner = torch.tensor([i for i, own in enumerate(lists) for _ in own])
-        ranks = _ranks(image_embeds, encoder, texts, owner, positives, distinct_texts)
+        if gallery is not None:
+            texts, pairs = distinct_texts(texts, owner)
+            owner = _first_image(pairs, len(texts))
+            lone = [text for text in gallery[language] if text not in set(texts)]
+        else:
+            pairs, lone = (text_equal_pairs(texts, owner) if positives == "text-equal" else owner), []
+        ranks = retrieval_ranks(image_embeds, encoder.texts([*texts, *lone]), pairs)
+        benchmark.counts[f"{language} texts"] = len(texts) + len(lone)
         _add(benchmark, language, ranks, owner, data.image_ids)
     return benchmark
+
+
+def _first_image(pairs: torch.Tensor, texts: int) -> torch.Tensor:
+    """[texts]: the first image of each text, with which it is drawn in a resample."""
+    first = torch.full((texts,), torch.iinfo(torch.long).max)
+    return first.scatter_reduce(0, pairs[:, 0], pairs[:, 1], "amin")
 
 
 def _first(captions: list[str], task: Task) -> list[str]:
@@ -182,17 +196,6 @@ def _aligned(task: Task, language: str, table: Table, lists: list[list[str]], id
     return [known.get(image, []) for image in ids]
 
 
-def _ranks(
-    image_embeds: torch.Tensor,
-    encoder: Encoder,
-    texts: list[str],
-    owner: torch.Tensor,
-    positives: Positives,
-    distinct_texts: bool,
-) -> RetrievalRanks:
-    return retrieval_ranks(image_embeds, encoder.texts(texts), owner)
-
-
 def _add(
     benchmark: Benchmark,
     language: str,
@@ -201,14 +204,16 @@ def _add(
     image_ids: tuple[str, ...] | None,
 ) -> None:
     """The scores of one language, and what they come from."""
-    benchmark.counts[f"{language} texts"] = len(owner)
     if ranks.num_images_without_text:
         benchmark.notes[f"images without {language} text"] = ranks.num_images_without_text
     if ranks.num_tied_queries:
         benchmark.notes[f"{language} queries with ties"] = ranks.num_tied_queries
     for metric, score in _scores(ranks).items():
         benchmark.metrics.setdefault(metric, {})[language] = score
-    benchmark.samples[language] = _samples(retrieval_sample(ranks, owner, image_ids=image_ids))
+    # Texts that no image has are wrong answers and no queries: they come after the others, and nothing draws them.
+    queries = {f"text_{entry}": getattr(ranks, f"text_{entry}")[: len(owner)] for entry in TEXT_COUNTS}
+    sample = retrieval_sample(dataclasses.replace(ranks, **queries), owner, image_ids=image_ids)
+    benchmark.samples[language] = _samples(sample)
     for name, values in dataclasses.asdict(ranks).items():
         benchmark.ranks[f"{language}/{name}"] = values.numpy()
 
