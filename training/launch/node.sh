@@ -14,6 +14,7 @@
 # RUN_ID        the same on all hosts, different for runs that share a HEAD and a PORT (m2encoder)
 # GPUS_PER_NODE processes per host (gpu: one for each GPU)
 # MAX_RESTARTS  failures after which the run ends (3)
+# RDZV_CONF     more for torchrun's --rdzv_conf, such as join_timeout=3600: seconds to wait for a lost host (600)
 # PYTHON        the interpreter (python)
 # Where a host has several networks, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the one to use.
 set -euo pipefail
@@ -71,8 +72,11 @@ PY
   fi
   rendezvous=(
     --nnodes "$NODES" --rdzv_backend c10d --rdzv_endpoint "$HEAD:$PORT" --rdzv_id "${RUN_ID:-m2encoder}"
-    --rdzv_conf "is_host=${found[0]}" --local_addr "${found[1]}"
+    --rdzv_conf "is_host=${found[0]}${RDZV_CONF:+,$RDZV_CONF}" --local_addr "${found[1]}"
   )
+  # torch 2.13 lets rank 0's agent keep its store from one start to the next and tell nobody its address again: a host
+  # that was started anew waits for it for ever. Without this sharing every start has a store of its own.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 
 # A later setting wins: --resume of the caller over this one.
