@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 # ours: small enough to be trained on a laptop CPU in minutes, with the same code path as the large ones.
 # `num_decoder_layers` is not published: these depths bring the pretraining models to within 2 % of Table 9's 402 M,
 # 924 M and 11.2 B (with a vocabulary head of its own; tied to the word embeddings no depth does so for 0.4B).
-SIZES: dict[str, dict[str, int | float]] = {
+SIZES: dict[str, dict[str, int | float | str]] = {
     "nano": {
         "vocab_size": 2000,
         "hidden_size": 128,
@@ -27,6 +27,8 @@ SIZES: dict[str, dict[str, int | float]] = {
         # 0.02 is meant for widths of 768 and more; at 128 it starts with branches that hardly add anything
         # (docs/log.md).
         "initializer_range": 0.06,
+        # Beside its patch embeddings, whose standard deviation is 1.2, drawn positions hardly show (docs/log.md).
+        "image_position_init": "sincos",
     },
     "0.4B": {
         "hidden_size": 768,
@@ -91,6 +93,9 @@ class M2EncoderConfig(PreTrainedConfig):
         drop_path_rate (`float`): stochastic depth of the last layer in [0, 1); it grows linearly from 0 at the first.
         initializer_range (`float`): standard deviation of the initial weights; the value, output and feed-forward
             projections are scaled by sqrt(log(2 L)) on top (MAGNETO, arXiv 2210.06423).
+        image_position_init (`str`): initial patch positions, learned from there: "normal", drawn like other weights, or
+            "sincos", sines and cosines of the row and the column with amplitude 1 (needs `hidden_size` in multiples of
+            4). Read only where weights are initialised.
         logit_scale_init_value (`float`): initial log of 1/temperature; ln(1/0.07) as in CLIP.
         num_decoder_layers (`int`): layers of each of the two decoders that only pretraining has (CMLM and CMIM, paper
             section 2 and Table 9); unused by the other models.
@@ -126,6 +131,7 @@ class M2EncoderConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
+    image_position_init: str = "normal"
     logit_scale_init_value: float | int = 2.6592
     num_decoder_layers: int = 4
     decoder_context: str = "tokens"
@@ -196,6 +202,13 @@ class M2EncoderConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         if self.decoder_context not in ("tokens", "cls"):
             raise ValueError(f"decoder_context must be 'tokens' or 'cls', got {self.decoder_context!r}.")
+        if self.image_position_init not in ("normal", "sincos"):
+            raise ValueError(f"image_position_init must be 'normal' or 'sincos', got {self.image_position_init!r}.")
+        if self.image_position_init == "sincos" and self.hidden_size % 4:
+            raise ValueError(
+                "image_position_init 'sincos' needs a hidden_size in multiples of 4 (sine and cosine of two "
+                f"coordinates), got {self.hidden_size}."
+            )
         if self.layer_norm_eps <= 0:
             raise ValueError(f"layer_norm_eps must be positive, got {self.layer_norm_eps}.")
 

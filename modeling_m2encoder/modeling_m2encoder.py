@@ -99,6 +99,21 @@ class M2EncoderTextEmbeddings(nn.Module):
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)
 
 
+def sincos_positions(config: M2EncoderConfig) -> torch.Tensor:
+    """Patch positions [P, D], row by row: a quarter of the width each for sine and cosine of the column x w, sine and
+    cosine of the row x w, where the frequencies w fall from 1 to about 1/100 (columns and rows count from 0).
+
+    The 2-D form of MoCo v3 (arXiv 2104.02057) and MAE, with 100 for their 10,000: a grid has tens of places, not
+    thousands.
+    """
+    side, quarter = config.image_size // config.patch_size, config.hidden_size // 4
+    frequencies = 100.0 ** -(torch.arange(quarter, device="cpu") / quarter)
+    angles = torch.arange(side, device="cpu").unsqueeze(1) * frequencies
+    one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D/2]
+    columns = one_axis.expand(side, -1, -1)
+    return torch.cat([columns, columns.transpose(0, 1)], dim=-1).flatten(0, 1)
+
+
 class M2EncoderVisionEmbeddings(nn.Module):
     """Patch embedding, a class token in front, learned positions."""
 
@@ -110,6 +125,7 @@ class M2EncoderVisionEmbeddings(nn.Module):
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
         self.position_embeddings = nn.Embedding(POSITION_OFFSET + 1 + config.num_patches, config.hidden_size)
+        self.position_embeddings.holds_patch_positions = True  # for `_init_weights`
 
     def interpolate_positions(self, height: int, width: int) -> torch.Tensor:
         """The position table for another image size: [1 + P, D], patch rows resized bicubically with antialiasing.
@@ -338,6 +354,10 @@ class M2EncoderPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if hasattr(module, "init_scale"):
             init.normal_(module.weight, std=std * module.init_scale)
+        elif getattr(module, "holds_patch_positions", False) and self.config.image_position_init == "sincos":
+            # The class token's row, and those that nothing reads, stay as they have just been drawn.
+            drawn = module.weight[: POSITION_OFFSET + 1]
+            init.copy_(module.weight, torch.cat([drawn, sincos_positions(self.config).to(drawn)]))
         elif isinstance(module, M2EncoderVisionEmbeddings):
             init.normal_(module.cls_token, std=std)
         elif isinstance(module, M2EncoderModel):

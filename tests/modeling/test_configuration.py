@@ -39,6 +39,11 @@ def test_nano_trains_on_a_laptop():
     assert count("nano") < 3_000_000
 
 
+def test_only_nano_starts_from_sincos_positions():
+    kinds = {size: M2EncoderConfig.from_size(size).image_position_init for size in SIZES}
+    assert kinds == {"nano": "sincos", "0.4B": "normal", "1B": "normal", "10B": "normal"}
+
+
 def test_round_trip(config: M2EncoderConfig, tmp_path: Path):
     config.save_pretrained(tmp_path)
     assert M2EncoderConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
@@ -48,7 +53,10 @@ def test_round_trip(config: M2EncoderConfig, tmp_path: Path):
     ("values", "named"),
     [
         ({"hidden_size": 100}, "num_attention_heads"),
-        ({"image_size": 225}, "patch_size"),
+        ({"image_size": 225}, r"image_size \(225\) must be a multiple of patch_size \(16\); the nearest is 224"),
+        ({"image_size": 5}, "the nearest is 16"),
+        ({"image_position_init": "random"}, "image_position_init must be 'normal' or 'sincos', got 'random'"),
+        ({"image_position_init": "sincos", "hidden_size": 18, "num_attention_heads": 2}, "multiples of 4.*got 18"),
         ({"max_text_length": 1023}, "max_position_embeddings"),
         ({"max_text_length": 1}, "max_text_length"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),

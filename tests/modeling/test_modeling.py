@@ -307,6 +307,39 @@ def test_initial_weights_follow_magneto():
             assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)
 
 
+def test_sincos_positions(config, batch, tmp_path: Path):
+    """By the formula, patch by patch; class row and unused rows as without; learned; drawn only where missing."""
+    models = []
+    for kind in ("normal", "sincos"):
+        torch.manual_seed(0)
+        models.append(M2EncoderModel(M2EncoderConfig(**{**config.to_dict(), "image_position_init": kind})).train())
+    normal, sincos = models
+    table = sincos.encoder.vision_embeddings.position_embeddings.weight
+    for patch in range(16):
+        y, x = divmod(patch, 4)
+        frequencies = [1 / 100 ** (i / 8) for i in range(8)]
+        expected = [f(p * w) for p in (x, y) for f in (math.sin, math.cos) for w in frequencies]
+        torch.testing.assert_close(table[3 + patch].detach(), torch.tensor(expected), atol=1e-6, rtol=0)
+    name = "encoder.vision_embeddings.position_embeddings.weight"
+    states = [model.state_dict() for model in models]
+    assert torch.equal(states[0][name][:3], states[1][name][:3]) and not torch.equal(*(s[name] for s in states))
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0] if key != name)
+    sincos(**batch, return_loss=True).loss.backward()
+    assert (table.grad[2:].abs().sum(dim=1) > 0).all()
+
+    # Loading neither resets what a file holds nor leaves raw memory where it holds nothing.
+    with torch.no_grad():
+        table += 1
+    sincos.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path).state_dict()[name], table)
+    save_file({k: v for k, v in sincos.state_dict().items() if k != name}, tmp_path / "model.safetensors")
+    loaded = AutoModel.from_pretrained(tmp_path).state_dict()[name]
+    torch.testing.assert_close(loaded[3:], table[3:] - 1, atol=1e-6, rtol=0)
+    assert loaded[:3].std().item() == pytest.approx(0.02, rel=0.5)
+    with torch.device("meta"):
+        assert M2EncoderModel(sincos.config).state_dict()[name].shape == (19, 32)
+
+
 def test_missing_weights_are_initialised(checkpoint: Path, config, tmp_path: Path):
     """from_pretrained builds on the meta device; what no file holds must still be set, not left as raw memory."""
     from safetensors.torch import load_file
