@@ -33,7 +33,7 @@ def test_same_inputs_give_the_same_bytes(
     assert first == contents(tmp_path / "b")
     build("coco-mcc", sources, tmp_path / "a")  # over itself
     assert first == contents(tmp_path / "a")
-    # Not only in this process: the golden value was computed from the texts written out by hand, with sha256sum.
+    # Not only within this process, in which hashes of strings stay the same: these texts are written out by hand.
     assert json.loads(first["manifest.json"])["captions_sha256"]["en"] == sha256_of(
         "a photo of a person and a dog.", "a photo of a person and a car.", "a photo of a person and a bicycle."
     )
