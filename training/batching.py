@@ -207,9 +207,7 @@ class BatchMaker:
         if masker is not None and masker.num_patches:
             patch = old.width // math.isqrt(masker.num_patches)
             if side < 2 * patch or side % patch:
-                raise ValueError(
-                    f"An image side of {side} is not a multiple of at least two patches of {patch} pixels."
-                )
+                raise ValueError(f"An image side must be a multiple of {patch}, at least two patches, got {side}.")
             masker = dataclasses.replace(masker, num_patches=(side // patch) ** 2)
         elif side < 1:
             raise ValueError(f"An image side must be positive, got {side}.")

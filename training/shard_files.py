@@ -17,7 +17,7 @@ import fsspec
 
 SUFFIXES = (".parquet", ".tar")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HUB_URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?/?")
 
 
@@ -28,7 +28,7 @@ def is_local_parquet(name: str) -> bool:
     path = Path(name)
     if path.is_dir():
         return not any(path.glob("*.tar"))
-    return path.suffix != ".tar" and not (_HUB_ID.fullmatch(name) and not path.suffix)
+    return path.suffix != ".tar" and (path.suffix == ".parquet" or not _HUB_ID.fullmatch(name))
 
 
 def resolve_shards(names: Iterable[str | Path]) -> list[str]:
@@ -77,18 +77,16 @@ def kind_of(shard: str) -> str:
 
 
 def _shards_of(pattern: str) -> list[str]:
-    hub = _HUB_URL.fullmatch(pattern)
-    if hub:
+    if hub := _HUB_URL.fullmatch(pattern):
         return _hub_shards(hub[1], hub[2])
+    path = Path(pattern)
     if "://" in pattern:
         shards = _remote_shards(pattern)
+    elif path.is_dir():
+        shards = _of_folder([str(file) for file in path.iterdir()])
     else:
-        path = Path(pattern)
-        if path.is_dir():
-            shards = _of_folder([str(file) for file in path.iterdir()])
-        else:
-            shards = [pattern] if path.is_file() else sorted(glob.glob(pattern, recursive=True))
-        if not shards and not path.exists() and _HUB_ID.fullmatch(pattern):
+        shards = [pattern] if path.is_file() else sorted(glob.glob(pattern, recursive=True))
+        if not shards and _HUB_ID.fullmatch(pattern) and path.suffix not in SUFFIXES:
             return _hub_shards(pattern, None)
     if not shards:
         raise ValueError(f"No parquet or tar shard matches {pattern!r} (seen from {Path.cwd()}).")
