@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import itertools
 from typing import Any
 
 import pytest
@@ -11,26 +10,32 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import run_distributed
+from training import bank
 from training.bank import BankPlan, MicroBatchOutput, banked_backward, plan_bank
+from training.sharding import ShardingConfig, distribute
 
 ROWS, INPUT, HIDDEN, EMBED = 3, 5, 8, 6
-LIMIT = 1e-10
+LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
+LIMIT = LIMITS[torch.float64]
 CASES = [(k, retain) for k in (1, 2, 3) for retain in sorted({0, 1, k})]
+
+
+class Layer(nn.Sequential):
+    """What both branches share."""
 
 
 class TwoTowers(nn.Module):
     """Two residual branches that share a layer, with dropout and drop-path, and a decoder with dropout of its own."""
 
+    _no_split_modules = ["Layer"]
+
     def __init__(self) -> None:
         super().__init__()
         self.image, self.text = nn.Linear(INPUT, HIDDEN), nn.Linear(INPUT, HIDDEN)
-        self.shared = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.GELU(), nn.Dropout(0.3))
+        self.shared = Layer(nn.Linear(HIDDEN, HIDDEN), nn.GELU(), nn.Dropout(0.3))
         self.projection = nn.Linear(HIDDEN, EMBED, bias=False)
         self.decoder = nn.Linear(HIDDEN, INPUT)
         self.logit_scale = nn.Parameter(torch.tensor([2.0]))
@@ -42,6 +47,7 @@ class TwoTowers(nn.Module):
         return hidden, F.normalize(self.projection(hidden), dim=-1)
 
     def forward(self, image: Tensor, text: Tensor, with_auxiliary: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        image, text = image.to(self.projection.weight.dtype), text.to(self.projection.weight.dtype)
         states, image_embeds = self._embed(self.image, image)
         _, text_embeds = self._embed(self.text, text)
         if not with_auxiliary:
@@ -49,9 +55,9 @@ class TwoTowers(nn.Module):
         return image_embeds, text_embeds, (self.decoder(F.dropout(states, 0.4)) - text).square().mean()
 
 
-def towers() -> TwoTowers:
+def towers(dtype: torch.dtype = torch.float64) -> TwoTowers:
     torch.manual_seed(0)
-    return TwoTowers().double()
+    return TwoTowers().to(dtype)
 
 
 def micro_batch(rank: int, j: int) -> tuple[Tensor, Tensor]:
@@ -76,9 +82,9 @@ def run_bank(
     return metrics, [states[j] for j in range(k)]
 
 
-def reference(random_states: list[list[Tensor]], groups: int) -> dict[str, Tensor]:
+def reference(random_states: list[list[Tensor]], groups: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Loss and gradients of all ranks' pairs at once: torch's cross_entropy per group, one backward."""
-    model = towers()
+    model = towers(dtype)
     k = len(random_states[0])
     images, texts, auxiliaries = [], [], []
     for rank, states in enumerate(random_states):
@@ -105,7 +111,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         assert gradient is not None, name
-        full[name.removeprefix("module.")] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        full[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
     return full
 
 
@@ -146,71 +152,98 @@ def test_gradients_are_added_and_dropout_differs_between_banks_and_micro_batches
     assert not torch.equal(*states)
 
 
-def ranks_of(settings: list[tuple[int, str]]) -> dict[Any, tuple[dict[str, Tensor], list[Tensor]]]:
-    """This rank's result for every setting and case: metrics and reduced gradients, and its random states."""
+def cases_of(world: int, group_sizes: list[int]) -> list[tuple[torch.dtype, int, int, int]]:
+    """dtype, g, k and r: all of them in fp64, and in fp32 the longest bank over all ranks."""
+    exact = [(torch.float64, size, *case) for size, case in itertools.product(group_sizes, CASES)]
+    return exact + [(torch.float32, world, 3, retain) for retain in (0, 1, 3)]
+
+
+def ranks_of(strategies: list[str], group_sizes: list[int]) -> dict[Any, Any]:
+    """This rank's result for every strategy and case: metrics and reduced gradients, and its random states."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    groups = {size: BankPlan(world, size, 1, ROWS).make_group() for size, _ in settings}
+    groups = {size: BankPlan(world, size, 1, ROWS).make_group() for size in group_sizes}
     results = {}
-    for group_size, strategy in settings:
-        for k, retain in CASES:
-            wrapped, no_sync = wrap(towers(), strategy)
-            logit_scale = wrapped.module.logit_scale if strategy == "ddp" else wrapped.logit_scale
+    for strategy in strategies:
+        config = ShardingConfig(strategy, world // 2 if strategy == "hsdp" else None)
+        models = {dtype: distribute(towers(dtype), config, device="cpu") for dtype in LIMITS}
+        for dtype, group_size, k, retain in cases_of(world, group_sizes):
+            distributed = models[dtype]
+            distributed.module.zero_grad()
             metrics, states = run_bank(
-                wrapped, logit_scale, rank, k, retain, group=groups[group_size], no_sync=no_sync, tile=4
+                distributed.model,
+                distributed.module.logit_scale,
+                rank,
+                k,
+                retain,
+                group=groups[group_size],
+                no_sync=distributed.no_sync,
+                tile=4,
             )
-            results[group_size, strategy, k, retain] = metrics | gradients(wrapped), states
+            values = {name: value.clone() for name, value in gradients(distributed.module).items()}
+            results[strategy, dtype, group_size, k, retain] = metrics | values, states
     return results
 
 
-def wrap(model: nn.Module, strategy: str) -> tuple[nn.Module, Callable[[], AbstractContextManager[Any]]]:
-    if strategy == "ddp":
-        wrapped = DistributedDataParallel(model)
-        return wrapped, wrapped.no_sync
-    shape, names = ((2, 2), ("replicate", "shard")) if strategy == "hsdp" else ((dist.get_world_size(),), ("shard",))
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    fully_shard(model.shared, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-    @contextmanager
-    def deferred() -> Iterator[None]:
-        model.set_requires_all_reduce(False)
-        yield
-        model.set_requires_all_reduce(True)
-
-    return model, deferred if strategy == "hsdp" else nullcontext
-
-
 @pytest.mark.parametrize(
-    "world, settings",
-    [(2, [(1, "ddp"), (2, "ddp")]), (4, [(2, "ddp"), (4, "ddp"), (4, "fsdp"), (2, "hsdp")])],
+    "world, strategies", [(2, ["ddp"]), (4, ["ddp", "fsdp", "hsdp"]), (8, ["ddp", "fsdp", "hsdp"])]
 )
-def test_processes_equal_the_whole_batch(world: int, settings: list[tuple[int, str]]) -> None:
-    ranks = run_distributed(ranks_of, world, settings)
-    assert len(ranks[0]) == len(settings) * len(CASES)
+def test_processes_equal_the_whole_batch(world: int, strategies: list[str]) -> None:
+    group_sizes = [size for size in (1, 2, 4, 8) if size <= world]
+    ranks = run_distributed(ranks_of, world, strategies, group_sizes, timeout=500)
+    assert len(ranks[0]) == len(strategies) * len(cases_of(world, group_sizes))
+    references: dict[Any, Any] = {}
     for case in ranks[0]:
-        values = [result[case][0] for result in ranks]
+        _, dtype, group_size, k, _ = case
+        values, states = zip(*(result[case] for result in ranks), strict=True)
         # The gradients are reduced: alike on every rank. The losses are each rank's own.
         got = {name: torch.stack([value[name] for value in values]).mean(0) for name in values[0]}
         for name in dict(towers().named_parameters()):
             assert all(torch.equal(value[name], values[0][name]) for value in values), (case, name)
-        seen = errors(got, reference([result[case][1] for result in ranks], world // case[0]))
-        assert max(seen.values()) < LIMIT, (case, seen)
+        # Neither the strategy nor `retain` may change what is random, so that all of them have one reference.
+        if (dtype, group_size, k) not in references:
+            references[dtype, group_size, k] = states, reference(list(states), world // group_size, dtype)
+        expected_states, expected = references[dtype, group_size, k]
+        assert all(torch.equal(torch.stack(x), torch.stack(y)) for x, y in zip(states, expected_states, strict=True))
+        seen = errors(got, expected)
+        assert max(seen.values()) < LIMITS[dtype], (case, seen)
 
 
-def test_the_comparison_notices_a_wrong_scale() -> None:
-    """Faults that are common elsewhere must be seen: logit_scale counted k times, losses added instead of averaged."""
+def test_the_comparison_notices_faults_of_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults that are common elsewhere, put into the code under test, must be seen, and each where it belongs."""
+    backward = bank._backward
+
+    def auxiliary_losses_added(outputs: Any, gradients: Any, k: int, scale: Any) -> None:
+        backward(outputs, gradients, 1, scale)
+
+    def scale_in_every_backward(outputs: Any, gradients: Any, k: int, scale: Any) -> None:
+        backward(outputs, gradients, k, scale)
+        if scale is not None:
+            for _ in range(k - 1):
+                torch.autograd.backward([scale[0]], [scale[1]])
+
+    def features_not_summed_over_the_group(outputs: Any, gradients: Any, k: int, scale: Any) -> None:
+        backward(outputs, [(image / k, text / k) for image, text in gradients], k, scale)
+
+    for fault, name, error in [
+        (auxiliary_losses_added, "decoder.weight", 2.0),
+        (scale_in_every_backward, "logit_scale", 2.0),
+        (features_not_summed_over_the_group, "projection.weight", 2 / 3),
+    ]:
+        monkeypatch.setattr(bank, "_backward", fault)
+        model = towers()
+        metrics, states = run_bank(model, model.logit_scale, 0, 3, 1)
+        seen = errors(metrics | gradients(model), reference([states], 1))
+        assert seen[name] == pytest.approx(error) and seen["loss"] < LIMIT, (fault, seen)
+
+
+def test_the_comparison_notices_another_objective() -> None:
     model = towers()
     metrics, states = run_bank(model, model.logit_scale, 0, 3, 1)
-    expected = reference([states], 1)
     got = metrics | gradients(model)
-    wrong = errors(got | {"logit_scale": 3 * got["logit_scale"]}, expected)
-    assert wrong["logit_scale"] == pytest.approx(2.0) and wrong["image.weight"] < LIMIT
-    wrong = errors(got | {"decoder.weight": 3 * got["decoder.weight"]}, expected)
-    assert wrong["decoder.weight"] == pytest.approx(2.0)
-    # Fresh random numbers in the second pass, a bank without replay: another gradient.
+    # Fresh random numbers in the second pass, a bank without replay.
     other = reference([[*states[:2], states[0]]], 1)
     assert errors(got, other)["projection.weight"] > 1e-3
-    # Groups of half the size: another objective.
+    # Groups of a third of the size.
     assert errors(got, reference([states], 3))["projection.weight"] > 1e-2
 
 

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.metadata
 import math
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import Placement
 
 from modeling_m2encoder import M2EncoderConfig, M2EncoderModel
-from training.optim import Lamb, build_optimizer, parameter_groups, warmup_cosine
+from tests.distributed import run_distributed
+from training.optim import Lamb, build_optimizer, global_norms, parameter_groups, warmup_cosine
+
+# A matrix, a bias, a convolution, a vector shorter than the ranks, `logit_scale`, and more rows than ranks but not a
+# multiple of them.
+SHAPES = [(8, 6), (8,), (5, 3, 2, 2), (3,), (1,), (7, 2)]
+STEPS = 5
 
 
 def test_one_lamb_step_by_hand() -> None:
@@ -56,6 +73,96 @@ def test_many_lamb_steps_equal_plain_python(weight_decay: float) -> None:
         flat = [step[i].flatten().tolist() for step in grads]
         expected = lamb_in_plain_python(starts[i], flat, 0.02, weight_decay)
         assert p.detach().flatten().tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def timm_lamb() -> type[torch.optim.Optimizer]:
+    """timm's LAMB out of the installed package. `import timm` imports torchvision, its optimizers need only torch."""
+    try:
+        folder = importlib.metadata.distribution("timm").locate_file("timm/optim")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("timm is not installed: pip install --no-deps -c constraints.txt timm (it would bring torchvision)")
+    package = types.ModuleType("timm_optim")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    return importlib.import_module("timm_optim.lamb").Lamb
+
+
+def starts_and_gradients() -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The parameters at first, and their gradients in each step."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> list[Tensor]:
+        return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+
+    return draw(), [draw() for _ in range(STEPS)]
+
+
+def own_part(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """This rank's part of a tensor that every rank has, without communication."""
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def run_lamb(kind: type[torch.optim.Optimizer], params: list[nn.Parameter], **settings: Any) -> None:
+    """`STEPS` updates: matrices with one weight decay, the convolution with another, the rest without."""
+    groups = [
+        {"params": [params[0], params[5]], "weight_decay": 0.05},
+        {"params": [params[2]], "weight_decay": 0.2, "lr": 0.01},
+        {"params": [params[1], params[3], params[4]], "weight_decay": 0.0},
+    ]
+    optimizer = kind(groups, lr=0.02, betas=(0.9, 0.98), eps=1e-6, **settings)
+    for gradients in starts_and_gradients()[1]:
+        for parameter, gradient in zip(params, gradients, strict=True):
+            if isinstance(parameter, DTensor):
+                gradient = own_part(gradient, parameter.device_mesh, parameter.placements)
+            parameter.grad = gradient
+        optimizer.step()
+
+
+def test_lamb_equals_timm() -> None:
+    ours, theirs = ([nn.Parameter(start) for start in starts_and_gradients()[0]] for _ in range(2))
+    run_lamb(Lamb, ours)
+    run_lamb(timm_lamb(), theirs, max_grad_norm=None)  # clipping is not the optimizer's affair here
+    for own, expected, start in zip(ours, theirs, starts_and_gradients()[0], strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-14)
+        assert (own - start).abs().max() > 0.01
+
+
+def sharded_lamb() -> dict[str, Any]:
+    """Whole parameters after `STEPS` updates on a mesh of one and of two dimensions, and the collectives of them."""
+    results: dict[str, Any] = {}
+    for name, shape, placements in [
+        ("fsdp", (dist.get_world_size(),), [Shard(0)]),
+        ("hsdp", (2, 2), [Replicate(), Shard(0)]),
+        ("two dimensions", (2, 2), [Shard(0), Shard(0)]),
+    ]:
+        mesh = init_device_mesh("cpu", shape)
+        params = [nn.Parameter(own_part(start, mesh, placements)) for start in starts_and_gradients()[0]]
+        empty = sum(parameter.to_local().numel() == 0 for parameter in params)
+        with CommDebugMode() as communication:
+            run_lamb(Lamb, params)
+        collectives = communication.get_total_counts()
+        results[name] = [parameter.full_tensor().detach() for parameter in params], collectives, empty
+    mesh = init_device_mesh("cpu", (2, 2))
+    scalar = own_part(torch.tensor(-3.0), mesh, [Replicate(), Replicate()])
+    rows = own_part(torch.tensor([[3.0], [4.0], [0.0]]), mesh, [Replicate(), Shard(0)])
+    results["norms"] = global_norms([scalar, rows, torch.tensor([5.0, 12.0])]).tolist()
+    with pytest.raises(ValueError, match="still to be reduced"):
+        global_norms([DTensor.from_local(torch.ones(2), mesh, [Partial(), Partial()])])
+    return results
+
+
+def test_sharded_lamb_equals_whole_and_reduces_once_per_step() -> None:
+    whole = [nn.Parameter(start) for start in starts_and_gradients()[0]]
+    run_lamb(Lamb, whole)
+    ranks = run_distributed(sharded_lamb, 4, timeout=200)
+    assert ranks[3]["fsdp"][2] == 2  # a rank that holds nothing of the two smallest
+    for results in ranks:
+        norms = results.pop("norms")
+        assert norms == pytest.approx([3.0, 5.0, 13.0], rel=1e-6)
+        for name, (params, collectives, _) in results.items():
+            assert collectives == STEPS * (2 if name == "two dimensions" else 1), (name, collectives)
+            for parameter, expected in zip(params, whole, strict=True):
+                torch.testing.assert_close(parameter, expected.detach(), rtol=1e-12, atol=1e-14)
 
 
 def test_trust_ratio_is_one_without_a_norm() -> None:
