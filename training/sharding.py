@@ -60,17 +60,17 @@ class ShardingConfig:
             return 1 if self.strategy == "ddp" else world_size
         if self.strategy not in ("hsdp", "hpz"):
             raise ValueError(f"Unknown sharding strategy {self.strategy!r}: choose one of ddp, fsdp, hsdp, hpz.")
-        size, source = self.shard_size, "shard_size"
+        size, source = self.shard_size, ""
         if size is None:
-            size, source = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), "shard_size, by LOCAL_WORLD_SIZE,"
+            size, source = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), " (LOCAL_WORLD_SIZE)"
         legal = [d for d in range(2, world_size) if world_size % d == 0]
         if size not in legal:
             nearest = [*[d for d in legal if d < size][-1:], *[d for d in legal if d > size][:1]]
             advice = f"the nearest are {' and '.join(map(str, nearest))}" if legal else f"{world_size} has none"
             raise ValueError(
-                f"{self.strategy} makes several equal groups of at least two of the {world_size} ranks, and {source} "
-                f"{size} does not: it must be a divisor of {world_size} between 2 and {world_size - 1}; {advice}. "
-                "In one single group that is fsdp, in groups of one rank ddp."
+                f"{self.strategy} makes several equal groups of at least two of the {world_size} ranks, and shard_size "
+                f"{size}{source} does not. It must be a divisor of {world_size}, neither 1 nor all; {advice}. "
+                "One single group is fsdp, groups of one rank are ddp."
             )
         return size
 
@@ -172,8 +172,8 @@ def distribute(
     heads that no loss uses.
 
     Args:
-        model: with `_no_split_modules`, the class names of its layers. Each layer becomes a unit of communication, and the
-            rest one more.
+        model: with `_no_split_modules`, the class names of its layers. Each layer becomes a unit of communication, and
+            the rest one more.
         config: see `ShardingConfig`.
         device: where this rank computes.
         mixed_precision: `bf16` computes in bf16; parameters, gradients' reduction and optimizer stay in fp32.

@@ -162,8 +162,8 @@ def exact_case(strategy: str) -> dict[str, Any]:
     seen["clipped"] = gradients(module)
     start = [parameter.detach().clone() for parameter in distributed.parameters]
     for name in OPTIMIZERS:
-        with torch.no_grad():
-            torch._foreach_copy_(list(distributed.parameters), start)
+        for parameter, value in zip(distributed.parameters, start, strict=True):
+            parameter.detach().copy_(value)
         update(module, name)
         seen[name] = {name: whole(parameter) for name, parameter in module.named_parameters()}
     module.eval()
@@ -391,7 +391,7 @@ def test_legal_settings(strategy: str, size: int | None, world: int, group: int)
 def test_a_group_is_a_node_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert ShardingConfig("hsdp").check(32) == 8
-    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE, 8 does not.*fsdp"):
+    with pytest.raises(ValueError, match="shard_size 8 .LOCAL_WORLD_SIZE. does not.*fsdp"):
         ShardingConfig("hsdp").check(8)
 
 
