@@ -1,4 +1,4 @@
-"""Zero-shot classification by hand, and a class file whose mistakes are named."""
+"""Zero-shot classification by hand."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import pytest
 import torch
 
 from eval.results import Score
-from eval.zero_shot import class_embeddings, score_zero_shot
+from eval.tasks import ClassTexts, Columns, Data, Listed, Task
+from eval.zero_shot import class_embeddings, limited_labelled, read_labelled, zero_shot_benchmark
 
-CLASSES = """
-languages:
-  en: {names: [red, green, blue], templates: ["{}", "some {} and green"]}
-  zh: {names: {0: 红色, 1: 绿色, 2: 红色}, templates: ["{}"]}
-"""
+EN = ClassTexts(("red", "green", "blue"), ("{}", "some {} and green"))
+ZH = ClassTexts({0: "红色", 1: "绿色", 2: "红色"}, ("{}",))
 
 
-@pytest.fixture
-def classes(tmp_path):
-    def write_classes(text: str = CLASSES):
-        (tmp_path / "classes.yaml").write_text(text, encoding="utf-8")
-        return tmp_path / "classes.yaml"
-
-    return write_classes
+def task(label: str = "label", image_id: str | None = None, **classes: ClassTexts) -> Task:
+    columns = Columns(label=label, image_id=image_id)
+    return Task(
+        "photos", "Photos", "classification", "p", Data("parquet"), columns, classes=classes or {"en": EN, "zh": ZH}
+    )
 
 
 def test_class_embedding_is_the_normalised_mean_of_normalised_prompts(colour_encoder):
@@ -31,55 +27,52 @@ def test_class_embedding_is_the_normalised_mean_of_normalised_prompts(colour_enc
     assert torch.allclose(embed, expected / expected.norm(), atol=1e-6)
 
 
-def test_accuracy_by_hand(colour_encoder, write, classes):
+def test_accuracy_by_hand(colour_encoder, write):
     file = write("photos.parquet", ["red", "green", "blue", "red"], label=[0, 1, 2, 1])
-    result = score_zero_shot(colour_encoder, file, classes())
-    assert result.name == "photos/zero-shot" and result.counts == {"images": 4, "classes": 3}
+    result = zero_shot_benchmark("photos", colour_encoder, read_labelled(task(), file))
+    assert result.counts == {"images": 4, "classes": 3}
     assert result.metrics["top-1"]["en"] == Score(0.75, pytest.approx(1 / 3))
     # 红色 names classes 0 and 2: the red image shares the hit; the blue one scores 0 with all three; the last is wrong.
     assert result.metrics["top-1"]["zh"] == Score(pytest.approx((0.5 + 1 + 1 / 3 + 0) / 4), pytest.approx(1 / 3))
     assert result.metrics["top-5"]["en"] == Score(1.0, 1.0)
-    assert result.notes == {"zh names of several classes": ["红色"]}
+    # A perfect model gets the images of classes 0 and 2 by a coin: (1/2 + 1 + 1/2 + 1) / 4.
+    assert result.notes == {"zh names of several classes": "红色 (0/2): top-1 is at most 75.00 %"}
+    assert result.details["classes"]["en"] == [
+        {"label": 0, "name": "red", "images": 1, "top-1": 1.0},
+        {"label": 1, "name": "green", "images": 2, "top-1": 0.5},
+        {"label": 2, "name": "blue", "images": 1, "top-1": 1.0},
+    ]
+    document = result.as_json()
+    assert document["metrics"]["top-1"]["en"]["low"] <= 0.75 <= document["metrics"]["top-1"]["en"]["high"]
+    assert document["gap_zh_en"]["top-1"]["value"] == pytest.approx((0.5 + 1 + 1 / 3) / 4 - 0.75)
 
 
-def test_names_from_a_column_and_a_limit_that_keeps_all_classes(colour_encoder, write, classes):
-    file = write("p.parquet", ["red", "green", "blue"], wnid=[7, 9, 400], name=["red", "green", "blue"])
-    text = "{label_column: wnid, languages: {en: {names_column: name, templates: ['{}']}}}"
-    result = score_zero_shot(colour_encoder, file, classes(text), limit=1)
-    assert result.counts == {"images": 1, "classes": 3}
+def test_names_from_a_column_or_a_file_and_a_limit_that_keeps_all_classes(colour_encoder, write, tmp_path):
+    file = write(
+        "p.parquet", ["red", "green", "blue"], wnid=[7, 9, 400], name=["red", "green", "blue"], key=list("abc")
+    )
+    by_column = task("wnid", "key", en=ClassTexts(Listed(column="name"), ("{}",)))
+    part = limited_labelled(read_labelled(by_column, file), 1)
+    result = zero_shot_benchmark("p", colour_encoder, part)
+    assert result.counts == {"images": 1, "classes": 3} and part.image_ids == ("a",)
     assert result.metrics["top-1"]["en"] == Score(1.0, pytest.approx(1 / 3))
+    (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
+    file = write("q.parquet", ["red"], label=[0])
+    by_file = read_labelled(task(en=ClassTexts(Listed(data_file="names.txt"), ("{}",))), file)
+    assert by_file.classes["en"].names == {0: "red", 1: "green", 2: "blue"}
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("given", "message"),
     [
-        ("languages: {en: {names: [red], templates: ['{}']}}", r"labels without a name: \[1\]"),
-        ("languages: {en: {names: [red, green]}}", "`templates` must be a list"),
-        ("languages: {en: {names: [red, green], templates: [a photo]}}", r"\{\} stands for the name"),
-        ("languages: {en: {templates: ['{}']}}", "either `names` or `names_column`"),
-        ("languages: {en: {names: [red, 3], templates: ['{}']}}", "not 1: 3"),
-        ("languages: {en: {names: red, templates: ['{}']}}", "must be a list of strings or a mapping"),
-        ("languages: {en: {names: [a, b], template: ['{}'], templates: ['{}']}}", "unknown entry 'template'"),
-        ("languages: {en: {names_column: name, templates: ['{}']}}", "row 2 of .* calls label 1 'blue', .* 'green'"),
-        ("languages: {}", "needs a mapping `languages:`"),
-        ("[", "is not YAML"),
-        ("{label_column: class, languages: {en: {names: [a], templates: ['{}']}}}", "No column 'class'"),
-        (
-            "{label_column: name, languages: {en: {names: [a], templates: ['{}']}}}",
-            "must hold integers, not e.g. 'red'",
-        ),
-        (
-            "languages: {en: {names: [a, b], templates: ['{}']}, zh: {names: [a, b, c], templates: ['{}']}}",
-            r"the same labels; zh differs from the first in \[2\]",
-        ),
+        (task(en=ClassTexts(("red",), ("{}",))), r"photos has labels without a name: \[1\] \(named: 1 labels\)"),
+        (task("class", en=EN), "No column 'class' in .*its columns are: image, label, name"),
+        (task("name", en=EN), "Column 'name' of .* must hold integers, not e.g. 'red'"),
+        (task(en=ClassTexts(Listed(column="name"), ("{}",))), "row 2 of .* calls label 1 'blue', .* 'green'"),
+        (task(en=ClassTexts(("a", "b"), ("{}",)), zh=EN), r"name the same labels; en differs from the first in \[2\]"),
     ],
 )
-def test_mistakes_are_named(colour_encoder, write, classes, text, message):
+def test_mistakes_are_named(colour_encoder, write, given, message):
     file = write("p.parquet", ["red", "green", "blue"], label=[0, 1, 1], name=["red", "green", "blue"])
     with pytest.raises(ValueError, match=message):
-        score_zero_shot(colour_encoder, file, classes(text))
-
-
-def test_a_missing_class_file_is_named(colour_encoder, write, tmp_path):
-    with pytest.raises(ValueError, match="No file of class names at .*no.yaml"):
-        score_zero_shot(colour_encoder, write("p.parquet", ["red"], label=[0]), tmp_path / "no.yaml")
+        read_labelled(given, file)
