@@ -3,8 +3,8 @@
     build("coco-mcc", {"annotations": Path("instances_val2014.json"), "karpathy": Path("dataset_coco.json"),
                        "images": Path("val2014")}, Path("sets/coco-mcc"))
 
-`BUILDERS` maps a set's name to its sources and rules: coco-mcc, coco-count, vg-pos, hoi-pos, cub, dogs, cars.
-docs/fine_grained.md says where each file comes from.
+`BUILDERS` maps a set's name to its sources and rules: coco-mcc, coco-count, vg-pos, hoi-pos, cub, dogs, cars;
+`eval.build.probe` tells what each rule of a set gives. docs/fine_grained.md says where each file comes from.
 
 The folder that `build` writes (`datasets.load_dataset(folder)` loads the default config, split `test`):
 
@@ -19,7 +19,7 @@ The folder that `build` writes (`datasets.load_dataset(folder)` loads the defaul
         name_en, name_zh  string   the bare class name, for prompt ensembles
     texts.parquet                      the gallery: one row per distinct text (config "texts")
         text_id      int32         0, 1, ...
-        key          string        what the text says, independent of the language, e.g. "person=2 dog=1"
+        key          string        what the text says, independent of the language, e.g. "person=2, dog=1"
         text_en, text_zh  string   distinct within each language (checked when writing)
         images       int32         how many images it is right for (0 only for a class without an image)
         name_en, name_zh  string   cub, dogs, cars only
@@ -30,9 +30,9 @@ The folder that `build` writes (`datasets.load_dataset(folder)` loads the defaul
         factor       string        what differs: category, count, roles, relation, verb
     README.md                          dataset card
     manifest.json                      "name", "rule", "seed", "counts" {images, texts, pairs, choices}, "paper"
-        {images, texts, reproduced}, "dropped" {reason: n}, "sources" {role: {file, sha256}}, "tables" {file: sha256},
-        "images" {files, sha256} or null, "captions_sha256" {en, zh} (every caption of every row in order, each followed
-        by a newline, as UTF-8), "files" {file: sha256}
+        {images, texts, reproduced}, "probe" {rule: [images, texts]} where rules were tried, "dropped" {reason: n},
+        "sources" {role: {file, sha256}}, "tables" {file: sha256}, "images" {files, sha256} or null, "captions_sha256"
+        {en, zh} (every caption of every row in order, each followed by a newline, as UTF-8), "files" {file: sha256}
 
 Positives are decided by text equality: all rows whose captions hold a text are right for it. The seven sets are scored
 as retrieval over all rows and all texts (any-hit R@1/5/10 both ways, mean recall); cub, dogs and cars also as zero-shot
@@ -42,137 +42,15 @@ classification with `label`, `name_en`, `name_zh`; choice.parquet as accuracy, c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import probe as _probe
-from .classes import CARS_RULES, build_cars, build_cub, build_dogs, count_cars
-from .coco import COUNT_RULES, DEFAULT_COUNT, DEFAULT_SET, SET_RULES, build_coco, count_coco
-from .hico import HICO_RULES, build_hoi_pos, count_hoi_pos
+from .builders import BUILDERS, Builder, find_builder
 from .layout import check, tables_used, write
+from .probe import choose, probe
 from .sources import sha256
-from .visual_genome import RULE as VG_RULE
-from .visual_genome import build_vg_pos, count_vg_pos
 
-__all__ = ["BUILDERS", "Builder", "build", "probe"]
-
-
-@dataclass(frozen=True)
-class Builder:
-    """One of the seven sets."""
-
-    title: str
-    about: str
-    sources: Mapping[str, str]
-    """Role -> what to give for it; those that start with "optional" may be left out. `images` is always optional."""
-    paper: tuple[int, int]
-    """(images, texts) as the paper counts them."""
-    rules: tuple[str, ...]
-    default: str
-    """The rule of a build that no rule reproduces the paper's counts for."""
-    make: _probe.Build
-    tables: tuple[str, ...]
-    licence: str
-    count: _probe.Count | None = None
-    """Tries the rules, and other readings of the paper; None for a set with one rule."""
-
-
-_INSTANCES = "instances_val2014.json (or val2017) of COCO"
-_KARPATHY = "optional: dataset_coco.json, or a .jsonl with `image`, to keep Karpathy's 5,000 test images only"
-_COCO = {"annotations": _INSTANCES, "karpathy": _KARPATHY}
-
-BUILDERS: dict[str, Builder] = {
-    "coco-mcc": Builder(
-        "COCO-MCC (multi-class classification)",
-        "Which of the 80 COCO categories does the image hold?",
-        _COCO,
-        (2222, 2222),
-        SET_RULES,
-        DEFAULT_SET,
-        build_coco,
-        ("coco_categories",),
-        "cc-by-4.0",
-        count_coco,
-    ),
-    "coco-count": Builder(
-        "COCO-Count",
-        "How many objects of which categories does the image hold?",
-        _COCO,
-        (3240, 3238),
-        COUNT_RULES,
-        DEFAULT_COUNT,
-        build_coco,
-        ("coco_categories",),
-        "cc-by-4.0",
-        count_coco,
-    ),
-    "vg-pos": Builder(
-        "VG-POS (relations and positions)",
-        "Which relations do the objects of the image have?",
-        {
-            "relationships": "relationships.json (or .json.zip) of Visual Genome",
-            "object_alias": "optional: object_alias.txt of Visual Genome",
-            "predicate_alias": "optional: relationship_alias.txt of Visual Genome",
-        },
-        (3000, 53806),
-        (VG_RULE,),
-        VG_RULE,
-        build_vg_pos,
-        ("vg_nouns", "vg_predicates", "vg_contexts"),
-        "cc-by-4.0",
-        count_vg_pos,
-    ),
-    "hoi-pos": Builder(
-        "HOI-POS (human-object interactions)",
-        "What does the person do with the object?",
-        {"annotations": "anno.mat of HICO (image-level labels), or anno_bbox.mat or instances_test2015.json (boxes)"},
-        (8593, 520),
-        HICO_RULES,
-        HICO_RULES[0],
-        build_hoi_pos,
-        ("coco_categories", "hico_verbs"),
-        "other",
-        count_hoi_pos,
-    ),
-    "cub": Builder(
-        "CUB-200-2011 with Chinese names",
-        "Which of 200 species of birds is it?",
-        {"annotations": "the folder CUB_200_2011 with classes.txt, images.txt and the two others"},
-        (5794, 200),
-        ("test",),
-        "test",
-        build_cub,
-        ("cub_birds",),
-        "other",
-    ),
-    "dogs": Builder(
-        "Stanford Dogs with Chinese names",
-        "Which of 120 breeds of dogs is it?",
-        {"annotations": "test_list.mat of Stanford Dogs"},
-        (8580, 120),
-        ("test",),
-        "test",
-        build_dogs,
-        ("stanford_dogs",),
-        "other",
-    ),
-    "cars": Builder(
-        "Stanford Cars with Chinese names",
-        "Which of 196 models of cars is it?",
-        {
-            "annotations": "cars_test_annos_withlabels.mat (or cars_annos.mat) of Stanford Cars",
-            "meta": "optional: cars_meta.mat, needed with cars_test_annos_withlabels.mat",
-        },
-        (4021, 196),
-        CARS_RULES,
-        "all",
-        build_cars,
-        ("stanford_cars",),
-        "other",
-        count_cars,
-    ),
-}
+__all__ = ["BUILDERS", "Builder", "build"]
 
 
 def build(
@@ -199,12 +77,11 @@ def build(
         ValueError: for an unknown name, rule or source, a missing or malformed file, categories without a translation,
             images that are missing or damaged, and an `output` that holds something else.
     """
-    builder, paths = _builder(name), _sources(name, sources)
+    builder, paths = find_builder(name, sources)
     if rule is not None and rule not in builder.rules:
         raise ValueError(f"{name} has no rule {rule!r}; there are: {', '.join(builder.rules)}.")
-    found = builder.count(paths, builder.rules, seed) if builder.count and rule is None else {}
-    chosen = rule or (_probe.choose(found, builder.rules, builder.paper, builder.default) if found else builder.default)
-    built = builder.make(paths, chosen, seed)
+    found = probe(name, paths, seed=seed) if rule is None and builder.count else {}
+    built = builder.make(paths, rule or choose(builder, found), seed)
     check(name, built)
     images, texts = builder.paper
     manifest = {
@@ -217,7 +94,7 @@ def build(
             "texts": texts,
             "reproduced": (len(built.images), len(built.texts)) == builder.paper,
         },
-        "probe": {own: list(counts) for own, counts in found.items()},
+        "probe": {tried: list(counts) for tried, counts in found.items()},
         "dropped": dict(built.dropped),
         "sources": _hashes(paths),
         "tables": tables_used(builder.tables),
@@ -231,38 +108,6 @@ def build(
         licence=builder.licence,
         images=paths.get("images"),
     )
-
-
-def probe(name: str, sources: Mapping[str, str | Path], *, seed: int = 0) -> dict[str, tuple[int, int]]:
-    """(images, texts) that each rule of a set gives for these annotations; `eval.build.probe.table` prints them.
-
-    Besides the rules that can be built this counts other readings of the paper, such as VG-POS in free-form English.
-
-    Raises:
-        ValueError: as `build` does for the annotations.
-    """
-    builder, paths = _builder(name), _sources(name, sources)
-    if builder.count:
-        return builder.count(paths, builder.rules, seed)
-    built = builder.make(paths, builder.default, seed)
-    return {builder.default: (len(built.images), len(built.texts))}
-
-
-def _builder(name: str) -> Builder:
-    if name not in BUILDERS:
-        raise ValueError(f"There is no fine-grained set {name!r}; there are: {', '.join(BUILDERS)}.")
-    return BUILDERS[name]
-
-
-def _sources(name: str, sources: Mapping[str, str | Path]) -> dict[str, Path]:
-    known = BUILDERS[name].sources
-    unknown = sorted(set(sources) - set(known) - {"images"})
-    missing = [role for role, text in known.items() if role not in sources and not text.startswith("optional")]
-    if unknown or missing:
-        fault = f"there is no source {unknown[0]!r}" if unknown else f"the source {missing[0]!r} is missing"
-        roles = "; ".join(f"{role}: {text}" for role, text in known.items())
-        raise ValueError(f"{name}: {fault}. Its sources are {roles}; images: optional, the folder of the image files.")
-    return {role: Path(path) for role, path in sources.items()}
 
 
 def _hashes(paths: Mapping[str, Path]) -> dict[str, dict[str, str]]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from eval.build import build, probe
+from eval.build import build
+from eval.build.probe import probe
 
 from .conftest import cells, read_rows, structs
 

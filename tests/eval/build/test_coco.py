@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from eval.build import BUILDERS, build, probe
+from eval.build import BUILDERS, build
 from eval.build.coco import COUNT_RULES, DEFAULT_COUNT, DEFAULT_SET, SET_RULES
+from eval.build.probe import probe, table
 
 from .conftest import coco_document, read_rows
 
@@ -142,6 +143,17 @@ def test_probe_counts_every_rule_without_building(coco: dict[str, Path]) -> None
     assert set(found) == set(SET_RULES)
     assert found["set:min2:first:keep"] == (3, 3)
     assert found["set:min3:unique:drop"] == (0, 0)
+
+
+def test_the_probe_lists_the_closest_rules_first() -> None:
+    found = {"far": (10, 10), "same": (2222, 2222), "near": (2200, 2201)}
+    assert table("coco-mcc", found).splitlines() == [
+        "  images    texts  rule",
+        "    2222     2222  (the paper)",
+        "    2222     2222  same  <- the same",
+        "    2200     2201  near",
+        "      10       10  far",
+    ]
 
 
 def test_all_images_of_the_annotations_without_a_split(coco: dict[str, Path], tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from eval.build import build, probe
+from eval.build import build
+from eval.build.probe import probe
 
 from .conftest import read_rows
 

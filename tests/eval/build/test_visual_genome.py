@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from eval.build import build, probe, visual_genome
+from eval.build import build, visual_genome
+from eval.build.probe import probe
 
 from .conftest import read_rows
 
