@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForPreTraining
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -281,6 +282,61 @@ def test_half_precision(pretrained, batch):
     assert mixed.dtype == losses(output).dtype == torch.float32
     torch.testing.assert_close(mixed, expected, rtol=0.05, atol=0)
     torch.testing.assert_close(losses(output), expected, rtol=0.05, atol=0)
+
+
+def test_autocast_trains_with_fp32_gradients(pretrained, batch):
+    """bf16 products, fp32 weights: each gradient is fp32 and points where the exact one does."""
+    gradients = []
+    for enabled in (False, True):
+        model = copy.deepcopy(pretrained).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(**batch, return_loss=True)
+            total = output.loss + losses(output).sum()
+        total.backward()
+        assert total.dtype == torch.float32 and output.text_decoder_states.dtype == torch.float32
+        gradients.append({name: p.grad for name, p in model.named_parameters() if "k_proj.bias" not in name})
+    for name, exact in gradients[0].items():
+        rounded = gradients[1][name]
+        assert rounded.dtype == torch.float32, name
+        assert torch.nn.functional.cosine_similarity(rounded.flatten(), exact.flatten(), dim=0) > 0.98, name
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(result, Tensor):
+                self.elements = max(self.elements, result.numel())
+        return results
+
+
+def test_the_published_vocabulary_never_has_the_logits_of_a_batch():
+    """384 masked tokens of 115,244: the largest tensor of forward and backward is one chunk of 256 rows."""
+    config = M2EncoderConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_upper_layers=0,
+        num_decoder_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        projection_dim=8,
+        image_size=32,
+    )
+    torch.manual_seed(0)
+    model = M2EncoderForPreTraining(config).train()
+    batch = {"input_ids": torch.randint(50005, 115_244, (16, 40)), "pixel_values": torch.randn(16, 3, 32, 32)}
+    mask = torch.zeros(16, 40, dtype=torch.bool)
+    mask[:, 5:29] = True
+    with LargestTensor() as seen:
+        model(**batch, text_mask=mask, patch_mask=torch.ones(16, 4, dtype=torch.bool)).loss_cmlm.backward()
+    assert seen.elements == 256 * 115_244 < 384 * 115_244
+    assert model.pretraining_heads.text_head.weight.grad.any()
 
 
 def test_pixels_as_they_enter(config, batch):
