@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# One server process imports torch once for the whole pytest run; each rank is then a fork of it, in milliseconds.
+# One server process imports torch, transformers and what most ranks run once for the whole pytest run; each rank is
+# then a fork of it, in milliseconds.
 # Forking pytest itself would copy the thread pools of torch in an undefined state.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "tests.distributed"])
+_context.set_forkserver_preload(["tests.distributed", "training.sharding", "modeling_m2encoder"])
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -45,10 +46,12 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
                 process.start()
             _wait_for(processes, time.monotonic() + timeout)
         finally:
-            for process in processes:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
+            # All of them before any is waited for, or the others would report a lost connection as the fault.
+            started = [process for process in processes if process.pid is not None]
+            for process in started:
+                process.kill()
+            for process in started:
+                process.join()
         results = [_read(Path(folder), rank) for rank in ranks]
     failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(results) if ok is False]
     if failures:
