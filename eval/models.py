@@ -28,6 +28,7 @@ import modeling_m2encoder  # noqa: F401  registers the classes
 from modeling_m2encoder.image_processing_m2encoder import to_rgb
 
 from .fingerprints import code_fingerprint, fingerprint, processor_fingerprint, versions, weights_fingerprint
+from .systems import systems
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -199,11 +200,12 @@ def load(
     text_rule: TextRule | None = None,
     trust_remote_code: bool = False,
 ) -> Adapter:
-    """The adapter of a model folder, a Hub id, or `open_clip:ARCHITECTURE/WEIGHTS`.
+    """The adapter of a model folder, a Hub id, `open_clip:ARCHITECTURE/WEIGHTS`, or a system of systems.yaml.
 
     Args:
         name_or_path: a folder that `from_pretrained` loads, a model id of the Hub, or after `open_clip:` what
-            `open_clip.list_pretrained()` lists with a slash between, or `hf-hub:ORG/NAME`, or `local-dir:FOLDER`.
+            `open_clip.list_pretrained()` lists with a slash between, or `hf-hub:ORG/NAME`, or `local-dir:FOLDER`; or a
+            name such as CN-CLIP-1B, which stands for a model at its checked revision.
         dtype: of the weights, and so of the whole computation: "float32", "bfloat16" or "float16". Scores are computed
             in fp32 in any case.
         device: the accelerator of this process (LOCAL_RANK, if several were launched), else the CPU, if left out.
@@ -223,6 +225,9 @@ def load(
     if text_rule is not None and text_rule not in TEXT_RULES:
         raise ValueError(f"text_rule is one of {', '.join(map(repr, TEXT_RULES))}, not {text_rule!r}.")
     name = str(name_or_path)
+    if name in systems() and not Path(name).exists():
+        name, checked = systems()[name].loadable()
+        revision = revision or checked
     where = torch.device(device) if device is not None else _own_device()
     mixed = None if autocast is None else getattr(torch, autocast)
     if name.startswith("open_clip:"):
@@ -327,9 +332,3 @@ def _inference(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def load_model(folder: str | Path) -> tuple[torch.nn.Module, Any]:
-    """Until its callers moved to `load`."""
-    adapter = load(folder)
-    return adapter.model, adapter.processor

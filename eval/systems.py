@@ -1,0 +1,71 @@
+"""The systems of the comparison, from systems.yaml: what to load, or why only the published number is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+
+@dataclass(frozen=True)
+class PublishedNumber:
+    """A number of no benchmark of ours."""
+
+    what: str
+    value: float
+    """In percent, as published."""
+    source: str
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of a comparison. Exactly one of `model`, `convert` and `published_only` is there."""
+
+    name: str
+    languages: tuple[str, ...]
+    """Of the texts it was trained on."""
+    model: str | None = None
+    """What `eval.models.load` takes."""
+    revision: str | None = None
+    """The commit on the Hub that somebody checked; None if none is known."""
+    convert: str | None = None
+    """The published checkpoint of which `python -m conversion.convert` makes a folder that can be loaded."""
+    published_only: str | None = None
+    """Why it cannot be run."""
+    other_weights: str | None = None
+    """How the open weights differ from those that the paper measured."""
+    in_paper: bool = True
+    notes: tuple[str, ...] = ()
+    published: tuple[PublishedNumber, ...] = ()
+
+    def loadable(self) -> tuple[str, str | None]:
+        """What to load, and its revision.
+
+        Raises:
+            ValueError: if there is nothing to load; the message says what to do instead.
+        """
+        if self.model:
+            return self.model, self.revision
+        if self.convert:
+            raise ValueError(
+                f"{self.name} is published as {self.convert}: make a folder of it (python -m conversion.convert "
+                f"{self.convert} OUT_DIR) and name that, e.g. {self.name}=OUT_DIR."
+            )
+        raise ValueError(f"{self.name} cannot be run: {self.published_only}. Reports show its published numbers.")
+
+
+@cache
+def systems() -> dict[str, System]:
+    """All systems by name, in the order of the file."""
+    document = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return {name: _read(name, dict(entry)) for name, entry in document.items()}
+
+
+def _read(name: str, entry: dict) -> System:
+    numbers = tuple(PublishedNumber(**number) for number in entry.pop("published", ()))
+    lists = {key: tuple(entry.pop(key, ())) for key in ("languages", "notes")}
+    system = System(name, published=numbers, **lists, **entry)
+    assert sum(map(bool, (system.model, system.convert, system.published_only))) == 1, f"{name} in systems.yaml"
+    return system
