@@ -72,22 +72,23 @@ def training_flops(
 
 
 def _encoder(config: M2EncoderConfig, length: int) -> int:
-    """Forward FLOPs of all layers of one input of `length` tokens."""
+    """Forward FLOPs of all layers for one input of `length` tokens."""
     layers = config.num_hidden_layers + config.num_upper_layers
-    return layers * length * (_attention(config, length, length) + _mlp(config))
+    return layers * (_attention(config, length, length) + _mlp(config, length))
 
 
 def _decoder(config: M2EncoderConfig, length: int, context: int) -> int:
+    """Forward FLOPs of one decoder for `length` tokens that look at `context` others."""
     context = 1 if config.decoder_context == "cls" else context
-    cross = length * _attention(config, length, context)
-    return config.num_decoder_layers * (length * (_attention(config, length, length) + _mlp(config)) + cross)
+    attentions = _attention(config, length, length) + _attention(config, length, context)
+    return config.num_decoder_layers * (attentions + _mlp(config, length))
 
 
 def _attention(config: M2EncoderConfig, length: int, context: int) -> int:
-    """Per query token: its query and output, its share of the keys and values, scores and their sums over K."""
+    """Queries and outputs of L tokens, keys and values of K, scores and weighted sums between them."""
     width = config.hidden_size
-    return 4 * width**2 + 4 * width**2 * context // length + 4 * context * width
+    return 4 * (length + context) * width**2 + 4 * length * context * width
 
 
-def _mlp(config: M2EncoderConfig) -> int:
-    return 4 * config.hidden_size * config.intermediate_size
+def _mlp(config: M2EncoderConfig, length: int) -> int:
+    return 4 * length * config.hidden_size * config.intermediate_size
