@@ -94,7 +94,7 @@ class M2EncoderConfig(PreTrainedConfig):
         initializer_range (`float`): standard deviation of the initial weights; the value, output and feed-forward
             projections are scaled by sqrt(log(2 L)) on top (MAGNETO, arXiv 2210.06423).
         image_position_init (`str`): initial patch positions, learned from there: "normal", drawn like other weights, or
-            "sincos", sines and cosines of the row and the column with amplitude 1 (needs `hidden_size` in multiples of
+            "sincos", sines and cosines of the row and the column with amplitude 2 (needs `hidden_size` in multiples of
             4). Read only where weights are initialised.
         logit_scale_init_value (`float`): initial log of 1/temperature; ln(1/0.07) as in CLIP.
         num_decoder_layers (`int`): layers of each of the two decoders that only pretraining has (CMLM and CMIM, paper

@@ -33,6 +33,8 @@ from .inputs_m2encoder import check_kept_patches, check_pixels, check_text, keep
 MODALITIES = ("vision", "text")
 # What `M2EncoderForPreTraining` holds beyond `M2EncoderModel`; a pretraining folder serves for inference too.
 PRETRAINING_KEYS = [r"^pretraining_heads\."]
+# Beside nano's patch embeddings, of std 1.2 at first, smaller ones hardly count (docs/log.md).
+SINCOS_AMPLITUDE = 2.0
 
 
 @dataclass
@@ -101,15 +103,15 @@ class M2EncoderTextEmbeddings(nn.Module):
 
 def sincos_positions(config: M2EncoderConfig) -> torch.Tensor:
     """Patch positions [P, D], row by row: a quarter of the width each for sine and cosine of the column x w, sine and
-    cosine of the row x w, where the frequencies w fall from 1 to about 1/100 (columns and rows count from 0).
+    cosine of the row x w, times `SINCOS_AMPLITUDE`; the frequencies w fall from 1 to about 1 / (columns of the grid).
 
-    The 2-D form of MoCo v3 (arXiv 2104.02057) and MAE, with 100 for their 10,000: a grid has tens of places, not
-    thousands.
+    The 2-D form of MoCo v3 (arXiv 2104.02057) and MAE, with the columns of the grid for their 10,000: waves longer than
+    that look the same at every place.
     """
     side, quarter = config.image_size // config.patch_size, config.hidden_size // 4
-    frequencies = 100.0 ** -(torch.arange(quarter, device="cpu") / quarter)
+    frequencies = float(side) ** -(torch.arange(quarter, device="cpu") / quarter)
     angles = torch.arange(side, device="cpu").unsqueeze(1) * frequencies
-    one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D/2]
+    one_axis = SINCOS_AMPLITUDE * torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D/2]
     columns = one_axis.expand(side, -1, -1)
     return torch.cat([columns, columns.transpose(0, 1)], dim=-1).flatten(0, 1)
 
