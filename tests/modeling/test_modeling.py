@@ -317,8 +317,8 @@ def test_sincos_positions(config, batch, tmp_path: Path):
     table = sincos.encoder.vision_embeddings.position_embeddings.weight
     for patch in range(16):
         y, x = divmod(patch, 4)
-        frequencies = [1 / 100 ** (i / 8) for i in range(8)]
-        expected = [f(p * w) for p in (x, y) for f in (math.sin, math.cos) for w in frequencies]
+        frequencies = [1 / 4 ** (i / 8) for i in range(8)]
+        expected = [2 * f(p * w) for p in (x, y) for f in (math.sin, math.cos) for w in frequencies]
         torch.testing.assert_close(table[3 + patch].detach(), torch.tensor(expected), atol=1e-6, rtol=0)
     name = "encoder.vision_embeddings.position_embeddings.weight"
     states = [model.state_dict() for model in models]
