@@ -2,7 +2,7 @@
 
 Each node has one network card, `eth0`, with an address of its own, on a common switch; the kernel counts its bytes.
 Processes of a node reach each other over its loopback, those of other nodes only over the switch. Needs root and `ip`
-(iproute2). Everything is taken down at the end, processes included.
+(iproute2). Everything is taken down at the end, processes included; what a killed program left, at the next start.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+_PREFIX = "m2encoder-"
 _numbers = itertools.count()
 
 
@@ -43,11 +44,7 @@ class Node:
 
     def kill(self) -> None:
         """Ends every process of this node without a word, as a power cut would."""
-        for pid in _run("ip", "netns", "pids", self.name).split():
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        _kill_all(self.name)
 
 
 def why_not() -> str | None:
@@ -75,6 +72,7 @@ def nodes(count: int) -> Iterator[list[Node]]:
     """
     if not 1 <= count <= 250:
         raise ValueError(f"The network has room for 1 to 250 nodes, asked for {count}.")
+    _take_down_orphans()
     switch = _name("switch")
     made = [Node(_name(f"node{i}"), f"10.77.0.{i + 1}") for i in range(count)]
     try:
@@ -93,15 +91,33 @@ def nodes(count: int) -> Iterator[list[Node]]:
                 _run("ip", "-n", node.name, "link", "set", device, "up")
         yield made
     finally:
-        for node in made:
-            if os.path.exists(f"/run/netns/{node.name}"):
-                node.kill()
         for name in (*(node.name for node in made), switch):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            _take_down(name)
 
 
 def _name(role: str) -> str:
-    return f"m2-{os.getpid()}-{next(_numbers)}-{role}"
+    return f"{_PREFIX}{os.getpid()}-{next(_numbers)}-{role}"
+
+
+def _take_down_orphans() -> None:
+    for name in _run("ip", "netns", "list").split():
+        owner = name.removeprefix(_PREFIX).split("-")[0]
+        if name.startswith(_PREFIX) and owner.isdigit() and not os.path.exists(f"/proc/{owner}"):
+            _take_down(name)
+
+
+def _take_down(name: str) -> None:
+    if os.path.exists(f"/run/netns/{name}"):
+        _kill_all(name)
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def _kill_all(name: str) -> None:
+    for pid in _run("ip", "netns", "pids", name).split():
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
 def _run(*command: str) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.itc_wire_bytes import CASES, measure
 from benchmarks.network_namespaces import nodes, why_not
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -39,3 +43,12 @@ def test_nodes_are_taken_down(needs_namespaces: None):
     assert sleeper.wait(5) < 0
     there = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert not any(name in there for name in names)
+
+
+def test_what_a_killed_program_left_is_taken_down(needs_namespaces: None):
+    made = "from benchmarks.network_namespaces import nodes\nimport os\nwith nodes(1) as made:\n"
+    made += "    made[0].start(['sleep', '60'])\n    print(made[0].name, flush=True)\n    os.kill(os.getpid(), 9)"
+    name = subprocess.run([sys.executable, "-c", made], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    assert name in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    with nodes(1):
+        assert name not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
