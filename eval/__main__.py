@@ -32,7 +32,8 @@ class Run:
     goes on where it was interrupted; what fails is reported, the rest is done, and the exit status is 1."""
 
     models: Annotated[str, tyro.conf.arg(aliases=["--model"])]
-    """One or more, with commas between: folders that from_pretrained loads, Hub ids, open_clip:ARCHITECTURE/WEIGHTS."""
+    """One or more, with commas between: names of eval/systems.yaml, folders that from_pretrained loads, Hub ids,
+    open_clip:ARCHITECTURE/WEIGHTS; or NAME=one of these."""
     output: str
     """The folder for the scores and results.json."""
     tasks: str | None = None
@@ -84,7 +85,7 @@ class Run:
 
             document = results(output, tasks)
             write_results(output, document)
-            print(f"{markdown(document)}\nwritten to {output / 'results.json'}")
+            print(f"{markdown({**document, 'systems': ()})}\nwritten to {output / 'results.json'}")
         if failures:
             sys.exit(1)
 

@@ -10,8 +10,6 @@ own code is ever run (`datasets` 5 refuses loading scripts).
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -208,17 +206,6 @@ def local_revision(files: Sequence[str]) -> str | None:
     return "+".join(sorted(found)) or None
 
 
-def fingerprint(table: Table) -> str:
-    """Changes when the files or the choice of rows change: from the names, sizes and times of local files, and from the
-    addresses of those on the Hub, which hold the commit."""
-    seen = []
-    for file in table.files:
-        path = Path(file)
-        state = path.stat() if path.is_file() else None
-        seen.append([path.name, state.st_size, state.st_mtime_ns] if state else [file])
-    return hashlib.sha256(json.dumps([seen, table.picked]).encode()).hexdigest()[:32]
-
-
 def caption_list(value: str | Sequence[str | None] | None, separator: str | None = None) -> list[str]:
     """The captions of one cell, which holds one string, a list of strings, or nothing; blank ones are left out.
 
@@ -239,7 +226,7 @@ def _open_local(data: Data, columns: Columns, source: Source, pattern: str) -> T
         suffix = SUFFIXES[data.format]
         files = [file for file in found if file.endswith(suffix)]
         if not files:
-            there = sorted(str(item.relative_to(path)) for item in path.rglob("*") if item.is_file())[:20]
+            there = sorted(f"{item.name}/" if item.is_dir() else item.name for item in path.iterdir())[:20]
             raise ValueError(
                 f"No {suffix} file matches {pattern} in {path} (split {data.split!r}); there is: "
                 f"{', '.join(there) or 'nothing'}."

@@ -9,6 +9,7 @@ OUTPUT/hub/MODEL/.eval_results/TASK.yaml       for the model's repository: tasks
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 
 from .files import slug, write_json, write_text
 from .run import collect
+from .systems import systems
 from .tables import markdown
 from .tasks import Task, load_task, task_names
 
@@ -50,7 +52,7 @@ def results(output: Path, tasks: Sequence[Task] = ()) -> dict[str, Any]:
         for entry in known[name].published
     ]
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"created": created, **document, "published": published}
+    return {"created": created, **document, "published": published, "systems": _others(document)}
 
 
 def write_results(output: Path, document: Mapping[str, Any]) -> None:
@@ -138,6 +140,22 @@ def eval_results(model: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
                     )
                     files.setdefault(task["task"]["name"], []).append(entry)
     return {name: eval_result_entries_to_yaml(entries) for name, entries in files.items()}
+
+
+def _others(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The systems of the comparison that were not run here: why, and numbers that belong to no task of ours."""
+    ran = {model["name"] for model in document["models"]}
+    return [
+        {
+            "name": system.name,
+            "languages": list(system.languages),
+            "why": system.published_only or f"not run here ({system.model or system.convert})",
+            "other_weights": system.other_weights,
+            "published": [dataclasses.asdict(number) for number in system.published],
+        }
+        for system in systems().values()
+        if system.name not in ran
+    ]
 
 
 def _published(entry: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import read_json, replaced, slug, write_json
+from .systems import systems
 from .tasks import Task
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def run(
     """Score every model on every task. What fails is reported and the others go on.
 
     Args:
-        models: folders, Hub ids or `open_clip:` names, or NAME=one of these, to be called NAME in the results.
+        models: systems of systems.yaml, folders, Hub ids or `open_clip:` names; or NAME=one of these, to be called NAME
+            in the results.
         say: called with a line for each piece of work.
         group: the processes that share the embedding; each makes this call, the first writes.
 
@@ -93,14 +95,14 @@ def run(
     _check(tasks, output, settings)
     lead = group is None or _rank(group) == 0
     failures: list[Failure] = []
-    for model, place in named.items():
-        stamps = {task.name: stamp(place, task, settings) for task in tasks}
+    for model, (place, revision) in named.items():
+        stamps = {task.name: stamp(place, task, settings, revision) for task in tasks}
         kept = {task.name for task in tasks if _is_done(output, model, task, stamps[task.name])}
         kept = _agreed(kept, group)
         open_tasks = [task for task in tasks if task.name not in kept]
         for name in sorted(kept) if lead else ():
             say(f"kept: {name} with {model}")
-        encoder: Encoder | str = "" if not open_tasks else _encoder(place, output, settings, group)
+        encoder: Encoder | str = "" if not open_tasks else _encoder(place, revision, output, settings, group)
         if isinstance(encoder, str) and open_tasks and lead:
             say(f"error: {model}: {encoder}")
         for task in open_tasks:
@@ -123,7 +125,7 @@ def run(
     return failures
 
 
-def stamp(model: str, task: Task, settings: Settings) -> dict[str, Any]:
+def stamp(model: str, task: Task, settings: Settings, revision: str | None = None) -> dict[str, Any]:
     """What a score depends on, as JSON: equal stamps mean that it need not be computed again."""
     about = dataclasses.asdict(task)
     for entry in ("published", "notes", "title"):
@@ -137,6 +139,7 @@ def stamp(model: str, task: Task, settings: Settings) -> dict[str, Any]:
         "data": [_files_state(Path(one)) for one in sources],
         # The weights lie in the folder itself; what lies below it may be our own output.
         "model": _files_state(Path(model).expanduser(), below=False) or model,
+        "revision": revision,
         "settings": {name: getattr(settings, name) for name in ran},
     }
     return _plain(document)
@@ -198,7 +201,9 @@ def _work(
         return f"{type(error).__name__}: {error}"
 
 
-def _encoder(model: str, output: Path, settings: Settings, group: dist.ProcessGroup | None) -> Encoder | str:
+def _encoder(
+    model: str, revision: str | None, output: Path, settings: Settings, group: dist.ProcessGroup | None
+) -> Encoder | str:
     """The model, ready; or why it is not."""
     from .cache import Cache
     from .embed import Encoder
@@ -208,6 +213,7 @@ def _encoder(model: str, output: Path, settings: Settings, group: dist.ProcessGr
     try:
         adapter = load(
             model,
+            revision=revision,
             dtype=settings.dtype,
             autocast=settings.autocast,
             text_rule=settings.text_rule,
@@ -233,11 +239,11 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _named(models: Sequence[str], output: Path) -> dict[str, str]:
-    """name -> folder, Hub id or open_clip name."""
+def _named(models: Sequence[str], output: Path) -> dict[str, tuple[str, str | None]]:
+    """name -> what to load, and its revision."""
     if not models:
         raise ValueError("Name at least one model: a folder, a Hub id, or open_clip:ARCHITECTURE/WEIGHTS.")
-    named: dict[str, str] = {}
+    named: dict[str, tuple[str, str | None]] = {}
     for model in models:
         name, equals, place = model.partition("=")
         if not equals or Path(model).exists():
@@ -247,7 +253,8 @@ def _named(models: Sequence[str], output: Path) -> dict[str, str]:
             raise ValueError(
                 f"{taken} and {name} would both be called {slug(name)} in {output}: give them names, A=PATH."
             )
-        named[name] = place
+        known = place in systems() and not Path(place).exists()
+        named[name] = systems()[place].loadable() if known else (place, None)
     return named
 
 

@@ -18,6 +18,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     """The whole of results.json: an overview, then a table for each benchmark."""
     sections = [f"# Evaluation\n\n{CAPTION}", _overview(document)]
     sections += [_section(document, name, found) for name, found in by_benchmark(document).items()]
+    sections.append(_others(document))
     failures = [f"- {one['task']} with {one['model']}: {one['error']}" for one in document["failures"]]
     if failures:
         sections.append("## Not done\n\n" + "\n".join(failures))
@@ -103,7 +104,7 @@ def _section(
         rows += _published_rows(document, name, metric, languages, paired)
     counts = ", ".join(f"{count:,} {what}" for what, count in first["counts"].items())
     title = task["task"]["title"] if name == task["task"]["name"] else name
-    head = f"## {title}\n\n`{first['protocol']}`: {counts}" + _shared(document, found)
+    head = f"## {title}\n\n`{first['protocol']}`: {counts}" + _shared(found)
     return "\n\n".join([head, aligned(header, rows), *_remarks(document, name, found)])
 
 
@@ -153,7 +154,23 @@ def _remarks(document: Mapping[str, Any], name: str, found: Sequence[Any]) -> li
     return ["\n".join(lines)] if lines else []
 
 
-def _shared(document: Mapping[str, Any], found: Sequence[Any]) -> str:
+def _others(document: Mapping[str, Any]) -> str:
+    """The systems of the comparison that were not run."""
+    listed = document.get("systems", ())
+    with_numbers = {entry["system"] for entry in document.get("published", ())}
+    rows = []
+    for one in listed:
+        numbers = [f"{number['what']}: {number['value']} ({number['source']})" for number in one["published"]]
+        if one["name"] in with_numbers:
+            numbers.insert(0, "in the tables above")
+        rows.append([one["name"], ", ".join(one["languages"]), one["why"], "; ".join(numbers) or "none checked"])
+    if not rows:
+        return ""
+    header = ["system", "texts", "why", "published numbers"]
+    return "## Systems of the comparison that were not run\n\n" + aligned(header, rows, left=4)
+
+
+def _shared(found: Sequence[Any]) -> str:
     protocols = {benchmark["protocol"] for _, _, benchmark in found}
     return "" if len(protocols) == 1 else f" (the systems were scored under different protocols: {sorted(protocols)})"
 

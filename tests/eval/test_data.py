@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
+from types import SimpleNamespace
+
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval.data import caption_list, open_table
+from eval.data import caption_list, open_data, open_table
+from eval.tasks import Columns, Data
+from tests.eval.conftest import png
 
 
 def test_files_globs_and_folders_in_order(write, tmp_path):
@@ -86,3 +93,102 @@ def test_captions_in_either_form():
     assert caption_list("a") == ["a"]
     assert caption_list(["a", "", None, " \t", "b"]) == ["a", "b"]
     assert caption_list(None) == caption_list("  ") == caption_list([]) == []
+    assert caption_list("a\n\nb", "\n") == ["a", "b"]
+
+
+def tar(path, samples):
+    """A WebDataset shard: members KEY.EXTENSION."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for key, members in samples.items():
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+COLUMNS = Columns("jpg", {"en": "txt"}, image_id="__key__", caption_separator="\n")
+
+
+def test_webdataset_tars_in_a_folder_as_the_hub_has_them(tmp_path):
+    tar(
+        tmp_path / "test" / "0.tar",
+        {"s0": {"jpg": png("red"), "txt": b"a\nb"}, "s1": {"jpg": png("blue"), "txt": b"c"}},
+    )
+    tar(tmp_path / "test" / "1.tar", {"s2": {"jpg": b"broken", "txt": b"d"}})
+    (tmp_path / "test" / "nshards.txt").write_text("2")  # plain load_dataset(folder) would take this for the data
+    data = Data("webdataset", "test/*.tar")
+    table = open_data(data, COLUMNS, tmp_path)[""]
+    assert table.column("txt") == ["a\nb", "c", "d"] and table.column("__key__") == ["s0", "s1", "s2"]
+    assert table.images([1], "jpg")[0].getpixel((0, 0)) == (0, 0, 255)
+    with pytest.raises(ValueError, match=r"sample s2 of .*1.tar holds an image that cannot be decoded"):
+        table.images([2], "jpg")
+    # The files may also lie in the folder itself.
+    assert len(open_data(data, COLUMNS, tmp_path / "test")[""]) == 3
+    with pytest.raises(ValueError, match=r"No .tar file matches val/\*.tar.* \(split 'test'\); there is: .*test/"):
+        open_data(Data("webdataset", "val/*.tar"), COLUMNS, tmp_path)
+    (tmp_path / "test" / "2.tar").write_bytes(b"no tar at all")
+    with pytest.raises(ValueError, match="cannot be read as webdataset"):
+        open_data(data, COLUMNS, tmp_path)
+
+
+def test_json_lines_that_name_image_files(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(png("green"))
+    lines = [{"image": "photos/a.png", "caption": ["绿色", "绿"]}, {"image": "photos/gone.png", "caption": ["红色"]}]
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    data, columns = Data("jsonl", "*.jsonl"), Columns("image", {"zh": "caption"})
+    for source in (tmp_path, tmp_path / "test.jsonl"):
+        table = open_data(data, columns, source)[""]
+        assert table.column("caption") == [["绿色", "绿"], ["红色"]]
+        assert table.images([0])[0].getpixel((0, 0)) == (0, 255, 0)
+        with pytest.raises(ValueError, match="row 1 of .*test.jsonl holds an image that cannot be decoded.*gone.png"):
+            table.images([1])
+    for outside in ("../secret.png", "/etc/passwd", 3):
+        (tmp_path / "test.jsonl").write_text(json.dumps({"image": outside, "caption": ["x"]}))
+        with pytest.raises(ValueError, match="row 0 of .*test.jsonl must name an image file below"):
+            open_data(data, columns, tmp_path)
+    (tmp_path / "test.jsonl").write_text("{not json")
+    with pytest.raises(ValueError, match="test.jsonl cannot be read as jsonl"):
+        open_data(data, columns, tmp_path)
+
+
+def test_a_split_that_a_column_names(write):
+    file = write("a.parquet", ["red"] * 5, split=["train", "val", "train", "val", "val"], n=list(range(5)))
+    columns = Columns(split="split")
+    table = open_data(Data("parquet", split="val"), columns, file)[""]
+    assert table.column("n") == [1, 3, 4] and table.locate(2) == f"row 4 of {file}"
+    assert table.limited(2).column("n") == [1, 3] and table.limited(2).locate(1) == f"row 3 of {file}"
+    with pytest.raises(
+        ValueError, match=r"No split 'test' in column 'split' of .*; it holds: train \(2 rows\), val \(3"
+    ):
+        open_data(Data("parquet", split="test"), columns, file)
+    with pytest.raises(ValueError, match="No column 'part'"):
+        open_data(Data("parquet"), Columns(split="part"), file)
+
+
+def test_from_the_hub_at_the_pinned_revision_and_else_at_the_newest(monkeypatch):
+    """The address that `datasets` is given; nothing is downloaded."""
+    rows = datasets.Dataset.from_dict({"txt": ["a"]})
+    asked = []
+
+    def load_dataset(builder, data_files, split):
+        asked.append((builder, *data_files))
+        return rows
+
+    newest = SimpleNamespace(sha="c" * 40)
+    monkeypatch.setattr("eval.data.datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("eval.data.HfApi.dataset_info", lambda api, name: newest)
+    for revision, used in (("b" * 40, "b" * 40), (None, "c" * 40)):
+        table = open_data(Data("webdataset", "test/*.tar", "org/name", revision), COLUMNS)[""]
+        assert asked.pop() == ("webdataset", f"hf://datasets/org/name@{used}/test/*.tar") and table.revision == used
+
+
+def test_data_that_cannot_be_had_say_how_to_get_them(monkeypatch):
+    with pytest.raises(ValueError, match="not on the Hub. To get them: ask nicely"):
+        open_data(Data("parquet", obtain="ask nicely"), Columns())
+    # HF_HUB_OFFLINE is set in tests/conftest.py.
+    with pytest.raises(ValueError, match="The Hub says nothing of the data set org/name .*name a folder with --data"):
+        open_data(Data("parquet", id="org/name"), Columns())
+    with pytest.raises(ValueError, match=r"hf://datasets/org/name@b{40}/\* cannot be read as parquet"):
+        open_data(Data("parquet", id="org/name", revision="b" * 40), Columns())
