@@ -89,7 +89,8 @@ def pretrain(config: PretrainConfig) -> Path:
             phase = phase_at(phases, step)
             trainee = trainee.with_sharing(phase.sharing, config, processor, accelerator)
             stream = open_stream(config, source, processor, accelerator, phase, stream.state_dict())
-        with log.waiting_for_data():
+        # A loader draws a seed whenever it starts, after a resume once more: not from the numbers of the model.
+        with log.waiting_for_data(), torch.random.fork_rng(devices=[]):
             batch = next(stream)
         last = step == config.steps
         evaluating = config.evaluation.every > 0 and (step % config.evaluation.every == 0 or last)
