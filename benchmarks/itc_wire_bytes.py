@@ -109,7 +109,7 @@ def measure(batch: int, dim: int, dtypes: Sequence[torch.dtype]) -> list[dict[st
                     cluster[rank // PER_NODE].start(command, {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
                 )
         for process in processes:
-            process.wait(timeout=300)
+            process.wait(timeout=1800)
         if any(process.returncode for process in processes):
             raise RuntimeError("\n".join((Path(folder) / f"{rank}.log").read_text() for rank in range(WORLD)))
         sent = json.loads((Path(folder) / "sent.json").read_text())
