@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+# By the Hub's id of a licence.
 LICENCES = {
-    # licence id of the Hub -> what the card says
     "cc-by-4.0": "The annotations that the texts are made from are under CC BY 4.0, and so are the texts.",
     "other": "The publisher of the annotations allows non-commercial research; the texts are made from them.",
 }
@@ -20,12 +20,12 @@ def card(title: str, about: str, licence: str, manifest: Mapping[str, Any]) -> s
     front = yaml.safe_dump(_metadata(title, licence, manifest), sort_keys=False, allow_unicode=True)
     if manifest["images"]:
         pixels = (
-            "The image files are inside. They belong to their owners and their licences differ: look up the terms of "
+            "The image files are inside. They belong to their owners and their licences differ: look up the terms of\n"
             "the original data set before you pass this folder on."
         )
     else:
         pixels = (
-            "The images are not inside, since not all of them may be passed on: get them from the publisher and join "
+            "The images are not inside, since not all of them may be passed on: get them from the publisher and join\n"
             "them by `file_name`, or build the set again with the source `images`."
         )
     if paper["reproduced"]:
@@ -86,7 +86,8 @@ def _metadata(title: str, licence: str, manifest: Mapping[str, Any]) -> dict[str
     return {
         "pretty_name": title,
         "language": ["en", "zh"],
-        "license": licence,
+        # The annotations' licence does not cover the images.
+        "license": "other" if manifest["images"] else licence,
         "task_categories": ["zero-shot-image-classification", "image-feature-extraction"],
         "tags": ["image-text-retrieval", "fine-grained", "bilingual"],
         "size_categories": [size],

@@ -127,6 +127,8 @@ def _classes(
     unknown = [label for label in labels if label not in translated]
     if unknown:
         raise ValueError(f"{path} has classes that {table}.tsv does not name: {', '.join(unknown[:5])}.")
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"{path} has {len(labels)} classes, but only {len(set(labels))} distinct names.")
     texts = {}
     for label in labels:
         # Stanford Cars writes its classes as one would; the others are spelled out in the table.

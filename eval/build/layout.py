@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from modeling_m2encoder.hub_folder import complete_or_absent
@@ -248,9 +249,7 @@ def _questions(built: FineGrainedSet) -> tuple[list[dict[str, Any]], datasets.Fe
     return rows, features
 
 
-def _table(rows: list[dict[str, Any]], features: datasets.Features) -> Any:
-    import pyarrow as pa
-
+def _table(rows: list[dict[str, Any]], features: datasets.Features) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=features.arrow_schema)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 
 def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
@@ -124,7 +125,7 @@ def find_images(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     below = sorted(item for item in folder.iterdir() if item.is_dir())
     found: dict[str, Path] = {}
     faults: list[str] = []
-    for name in names:
+    for name in tqdm(names, desc="checking images", disable=None):  # silent where nobody watches
         # Names come from annotation files: they must not lead out of the folder.
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"The annotations name an image outside of the image folder: {name!r}.")

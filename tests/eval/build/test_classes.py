@@ -68,6 +68,7 @@ def test_faults_of_cub(cub: Path, tmp_path: Path) -> None:
             (cub / f"{name}.txt").write_text(content)
 
     fault("does not name: Dodo", classes="1 001.Black_footed_Albatross\n2 002.Dodo\n")
+    fault("2 classes, but only 1 distinct names", classes="1 001.Bobolink\n2 002.Bobolink\n")
     fault("Line 1 of .*images.txt must be a number and a value, not 'a.jpg'", images="a.jpg\n")
     fault(r"image 2 \(.*a_2.jpg\) has no class or no split", image_class_labels="1 1\n")
     (cub / "train_test_split.txt").unlink()

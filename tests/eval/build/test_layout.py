@@ -165,7 +165,8 @@ def test_the_card_says_what_is_inside(
     assert "The paper prints 2,222 images and 2,222 texts: this is another selection." in card.text
     assert "* images without a category: 1" in card.text
     build("coco-mcc", {**coco, "images": pictures(NAMES)}, tmp_path / "with images")
-    assert "The image files are inside" in (tmp_path / "with images" / "README.md").read_text()
+    card = DatasetCard.load(tmp_path / "with images" / "README.md")
+    assert "The image files are inside" in card.text and card.data.license == "other"
 
 
 def test_unknown_names_rules_and_sources_are_refused(coco: dict[str, Path], tmp_path: Path) -> None:
