@@ -221,6 +221,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         and all(isinstance(run.get(name), int) and run[name] >= 1 for name in ("step", "world_size"))
         and all(isinstance(run.get(name), dict) for name in ("settings", "files"))
         and all(Path(name).name == name for name in run["files"])  # none outside the folder
+        and run["world_size"] <= len(run["files"])
         and {f"rank_{rank:05d}.json" for rank in range(run["world_size"])} <= set(run["files"])
     )
     if not valid:

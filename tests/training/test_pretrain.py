@@ -198,6 +198,45 @@ def test_neither_processes_nor_micro_batches_change_the_gradients(masked: bool):
                 assert (one - two).norm() <= 1e-5 * max(one.norm().item(), 1e-3 * whole)
 
 
+def rank_of_a_run(config: PretrainConfig) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    Accelerator.end_training = lambda self: None  # `run_distributed` ends the process group
+    pretrain(config)
+
+
+def test_a_sharded_model_is_evaluated_and_exported(scenes: Path, tmp_path: Path):
+    """fsdp on two processes: losses, scores and weights of one process with ddp."""
+    evaluation = dataclasses.replace(nano_smoke().evaluation, every=1, scenes=str(scenes), limit=8)
+    settings = {"steps": 2, "evaluation": evaluation, "itc": ITCConfig(bank_steps=2)}
+    whole = AutoModel.from_pretrained(pretrain(smoke(scenes, tmp_path / "ddp", **settings)))
+    sharded = smoke(scenes, tmp_path / "fsdp", sharding=ShardingConfig("fsdp"), **settings)
+    run_distributed(rank_of_a_run, 2, sharded, timeout=600)
+    for line, other in zip(log_of(tmp_path / "ddp"), log_of(tmp_path / "fsdp"), strict=True):
+        for name in line.keys() - {"processes", "samples_per_second", "performance"}:
+            assert other[name] == pytest.approx(line[name], rel=1e-3, abs=1e-6), name
+        assert any(name.startswith("scenes/") for name in line)
+    weights = AutoModel.from_pretrained(tmp_path / "fsdp" / "model").state_dict()
+    for name, weight in whole.state_dict().items():
+        # Adam takes whole steps also where a gradient is only rounding: the keys' biases.
+        assert torch.allclose(weights[name], weight, atol=2e-3), name
+
+
+def test_bf16(scenes: Path, tmp_path: Path):
+    """Computed in bf16, about the same loss; what is trained and exported is fp32."""
+    losses = {}
+    for precision in ("no", "bf16"):
+        objective = ObjectiveConfig()
+        config = smoke(scenes, tmp_path / precision, steps=2, mixed_precision=precision, objective=objective)
+        folder = pretrain(config)
+        losses[precision] = [line["loss"] for line in log_of(tmp_path / precision)]
+        assert {weight.dtype for weight in AutoModel.from_pretrained(folder, dtype="auto").parameters()} == {
+            torch.float32
+        }
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.02) and losses["bf16"] != losses["no"]
+
+
 # ---- Refusals
 
 
