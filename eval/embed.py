@@ -144,21 +144,24 @@ class Encoder:
         fresh = batches[self._rank :: self._world]
         done: list[int] = []
         parts: list[torch.Tensor] = []
-        writer = _Writer(store, kind)
+        failure: Exception | None = None
         try:
-            chunks = [[items[i] for i in batch] for batch in mine]
-            for turn, prepared in enumerate(self._ahead(chunks, prepare, kind, len(missing))):
-                embeds = self._unit(encode(chunks[turn], prepared), chunks[turn], bad)
-                if turn < len(fresh):
-                    good = [i for i, item in enumerate(chunks[turn]) if item not in bad]
-                    done += [mine[turn][i] for i in good]
-                    parts.append(embeds[good])
-                    writer.add([keys[mine[turn][i]] for i in good], embeds[good])
-        finally:
-            writer.flush()
+            with _Writer(store, kind) as writer:
+                chunks = [[items[i] for i in batch] for batch in mine]
+                for turn, prepared in enumerate(self._ahead(chunks, prepare, kind, len(missing))):
+                    embeds = self._unit(encode(chunks[turn], prepared), chunks[turn])
+                    if turn < len(fresh):
+                        good = [i for i, item in enumerate(chunks[turn]) if item not in bad]
+                        done += [mine[turn][i] for i in good]
+                        parts.append(embeds[good])
+                        writer.add([keys[mine[turn][i]] for i in good], embeds[good])
+        except Exception as error:
+            if self.group is None:
+                raise
+            failure = error  # the others have to hear of it, or they would wait for this process
         if known is not None:
             parts.append(known)
-        return self._gather(len(items), [*done, *found], parts, bad)
+        return self._gather(len(items), [*done, *found], parts, bad, failure)
 
     def _encode_images(
         self, table: Table, chunk: Sequence[int], images: list[Image.Image], bad: dict[int, str]
@@ -174,7 +177,7 @@ class Encoder:
                     images[i] = _blank()
             return self.adapter.encode_images(images)
 
-    def _unit(self, features: torch.Tensor, chunk: Sequence[Any], bad: dict[Any, str]) -> torch.Tensor:
+    def _unit(self, features: torch.Tensor, chunk: Sequence[Any]) -> torch.Tensor:
         features = features.float().cpu()
         wrong = [item for item, row in zip(chunk, features, strict=True) if not row.isfinite().all()]
         if wrong:
@@ -231,8 +234,14 @@ class Encoder:
             dist.broadcast_object_list(missing, group=self.group, group_src=0)
         return missing[0]
 
-    def _gather(self, total: int, done: list[int], parts: list[torch.Tensor], bad: dict[Any, str]) -> torch.Tensor:
-        """[total, E] on every process. Each row is known to one process and zero on the others, so a sum is exact."""
+    def _gather(
+        self, total: int, done: list[int], parts: list[torch.Tensor], bad: dict[Any, str], failure: Exception | None
+    ) -> torch.Tensor:
+        """[total, E] on every process. Each row is known to one process and zero on the others, so a sum is exact.
+
+        Raises:
+            The `failure` of this process, or a ValueError for that of another one.
+        """
         rows = torch.cat(parts) if parts else torch.empty(0, 0)
         size = rows.shape[1]
         if self.group is None:
@@ -240,10 +249,15 @@ class Encoder:
             embeds[done] = rows
             return embeds
         told: list[Any] = [None] * self._world
-        dist.all_gather_object(told, (size, bad), group=self.group)
-        for _, others in told:
+        message = None if failure is None else f"{type(failure).__name__}: {failure}"
+        dist.all_gather_object(told, (size, bad, message), group=self.group)
+        if failure is not None:
+            raise failure
+        for rank, (_, others, message) in enumerate(told):
+            if message is not None:
+                raise ValueError(f"Process {rank} of {self._world} failed: {message}")
             bad |= others
-        embeds = torch.zeros(total, max(size for size, _ in told))
+        embeds = torch.zeros(total, max(size for size, *_ in told))
         embeds[done] = rows.view(len(done), embeds.shape[1])
         # NCCL moves tensors of the accelerator only.
         device = "cpu" if dist.get_backend(self.group) == "gloo" else torch.accelerator.current_accelerator()
@@ -253,25 +267,31 @@ class Encoder:
 
 
 class _Writer:
-    """Collects embeddings and writes a shard whenever there are enough; without a store it does nothing."""
+    """Collects embeddings and writes a shard whenever there are enough, and at the end, also of a loop that failed.
+    Without a store it does nothing."""
 
     def __init__(self, store: Store | None, kind: Kind):
         self.store, self.kind = store, kind
         self.keys: list[bytes] = []
         self.parts: list[torch.Tensor] = []
 
-    def add(self, keys: list[bytes], embeds: torch.Tensor) -> None:
-        if self.store is None:
-            return
-        self.keys += keys
-        self.parts.append(embeds)
-        if len(self.keys) >= SHARD:
-            self.flush()
+    def __enter__(self) -> _Writer:
+        return self
 
-    def flush(self) -> None:
-        if self.store is not None and self.keys:
-            self.store.add(self.kind, self.keys, torch.cat(self.parts))
-        self.keys, self.parts = [], []
+    def __exit__(self, *_: object) -> None:
+        self._write()
+
+    def add(self, keys: list[bytes], embeds: torch.Tensor) -> None:
+        if self.store is not None:
+            self.keys += keys
+            self.parts.append(embeds)
+        if len(self.keys) >= SHARD:
+            self._write()
+
+    def _write(self) -> None:
+        keys, parts, self.keys, self.parts = self.keys, self.parts, [], []
+        if self.store is not None and keys:
+            self.store.add(self.kind, keys, torch.cat(parts))
 
 
 def _contents(table: Table, column: str, rows: Sequence[int]) -> list[bytes]:
@@ -280,8 +300,11 @@ def _contents(table: Table, column: str, rows: Sequence[int]) -> list[bytes]:
     contents = []
     for cell in cells:
         data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-        if data is None and path and Path(path).is_file():
-            data = Path(path).read_bytes()
+        if data is None and path:
+            try:
+                data = Path(path).read_bytes()
+            except OSError:
+                data = None
         contents.append(data if isinstance(data, bytes) else f"no image: {cell!r}".encode())
     return contents
 

@@ -209,7 +209,7 @@ def load(
         dtype: of the weights, and so of the whole computation: "float32", "bfloat16" or "float16". Scores are computed
             in fp32 in any case.
         device: the accelerator of this process (LOCAL_RANK, if several were launched), else the CPU, if left out.
-        revision: a branch, tag or commit of the Hub.
+        revision: a branch, tag or commit of the Hub; ORG/NAME@REVISION says the same.
         autocast: "bfloat16" or "float16" for mixed precision: weights stay in `dtype`, products are in this one.
         text_rule: what is done to texts instead of what the family does, see TEXT_RULES. The official M2-Encoder script
             uses "lower, straight quotes".
@@ -240,6 +240,8 @@ def load(
     if path.exists() or name.startswith((".", "/", "~")):
         _check_folder(path)
         name, revision = str(path), None
+    elif revision is None and "@" in name:
+        name, _, revision = name.partition("@")
     config = _read(name, AutoConfig.from_pretrained, name, revision=revision, trust_remote_code=trust_remote_code)
     if config.model_type not in FAMILIES:
         raise ValueError(

@@ -35,8 +35,9 @@ TEXTS = [
 class MeanColour:
     """The smallest adapter: the mean of each channel; a text's numbers of r, g and b. Counts, and may fail."""
 
-    def __init__(self, *, fails_at: int | None = None, name: str = "mean"):
-        self.images_seen, self.texts_seen, self.calls, self.fails_at, self.name = 0, 0, [], fails_at, name
+    def __init__(self, *, fails_at: int | None = None, error: BaseException | None = None, name: str = "mean") -> None:
+        self.images_seen, self.texts_seen, self.calls, self.name = 0, 0, [], name
+        self.fails_at, self.error = fails_at, error or KeyboardInterrupt()
 
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         self.images_seen += len(images)
@@ -57,7 +58,7 @@ class MeanColour:
     def _called(self, size: int) -> None:
         self.calls.append(size)
         if len(self.calls) == self.fails_at:
-            raise KeyboardInterrupt
+            raise self.error
 
 
 def shade(i: int) -> bytes:
@@ -138,6 +139,13 @@ def _in_group(good: str, bad: str, cache: str) -> dict[str, Any]:
     with pytest.raises(BadImages, match="row 3 of .*cannot be decoded") as caught:
         encoder.images(open_table([bad]))
     seen["bad"] = caught.value.rows
+    # One process fails, and both hear of it and can go on.
+    broken = MeanColour(fails_at=2 if dist.get_rank() else None, error=RuntimeError("no memory"))
+    encoder = Encoder(broken, 2, group=dist.group.WORLD)
+    with pytest.raises((ValueError, RuntimeError)) as failed:
+        encoder.images(open_table([good]))
+    seen["failed"] = str(failed.value)
+    seen["after"] = encoder.texts(LETTERS)
     return seen
 
 
@@ -149,11 +157,12 @@ def test_two_processes_share_the_work_and_equal_one(write, tmp_path):
     bad = write("b.parquet", [*(shade(i) for i in range(3)), b"not an image", shade(4)])
     alone = Encoder(MeanColour())
     images, texts = alone.images(open_table([good])), alone.texts(LETTERS)
-    results = run_distributed(_in_group, 2, str(good), str(bad), str(tmp_path / "cache"))
+    results = run_distributed(_in_group, 2, str(good), str(bad), str(tmp_path / "cache"), timeout=240)
     for seen in results:
         for name in ("plain", "first", "second"):
             assert seen[name][0].equal(images) and seen[name][1].equal(texts)
-        assert seen["bad"] == (3,)
+        assert seen["bad"] == (3,) and seen["after"].equal(texts)
+    assert [seen["failed"] for seen in results] == ["Process 1 of 2 failed: RuntimeError: no memory", "no memory"]
     # 7 images are 4 batches of 2, 2, 2 and 1, two for each; 9 distinct texts are 5: the second process repeats the
     # last, so that both make as many forward passes.
     for name in ("plain", "first"):
