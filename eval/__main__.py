@@ -87,7 +87,8 @@ class Run:
             write_results(output, document)
             print(f"{markdown({**document, 'systems': ()})}\nwritten to {output / 'results.json'}")
         if failures:
-            sys.exit(1)
+            work = len(_listed(self.models)) * len(tasks)
+            sys.exit(f"error: {len(failures)} of {work} could not be done; the first: {failures[0].error}")
 
     def _tasks(self) -> tuple[list[Task], dict[str, object]]:
         """The tasks, and where their data lie."""
@@ -161,13 +162,18 @@ class Build:
     """The folder to write."""
     sources: tuple[str, ...]
     """ROLE=PATH for each file that the set is made from: docs/fine_grained.md lists them."""
+    rule: str | None = None
+    """One of the set's rules; left out, the first that gives the paper's counts, else the default."""
+    seed: int = 0
+    """For what a rule leaves open."""
 
     def __call__(self) -> None:
         from .build import build
 
-        sources = {role: Path(path) for role, path in parse_pairs("--sources", "ROLE=PATH", self.sources).items()}
-        build(self.name, sources, Path(self.output))
-        print(f"written to {self.output}")
+        sources = parse_pairs("--sources", "ROLE=PATH", self.sources)
+        manifest = build(self.name, sources, self.output, rule=self.rule, seed=self.seed)
+        counts = ", ".join(f"{count:,} {what}" for what, count in manifest["counts"].items())
+        print(f"{self.name}: {counts} (rule {manifest['rule']}), written to {self.output}")
 
 
 @dataclass(frozen=True)

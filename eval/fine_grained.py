@@ -48,6 +48,9 @@ def read_fine_grained(task: Task, source: Source | None) -> FineGrained:
     manifest = read_json(folder / "manifest.json")
     if manifest.get("name") != task.name:
         raise ValueError(f"{folder} holds the set {manifest.get('name')!r}, not {task.name!r}.")
+    table = open_table([folder / task.data.files])
+    if task.columns.image not in table.rows.column_names:
+        raise ValueError(f"{folder} was built without images: build it again with --sources images=FOLDER among them.")
     captions = read_captioned(task, folder)
     texts = open_table([folder / "texts.parquet"])
     choices = open_table([folder / "choice.parquet"]) if (folder / "choice.parquet").is_file() else None

@@ -254,6 +254,9 @@ def _named(models: Sequence[str], output: Path) -> dict[str, tuple[str, str | No
                 f"{taken} and {name} would both be called {slug(name)} in {output}: give them names, A=PATH."
             )
         known = place in systems() and not Path(place).exists()
+        # An id of the Hub has one slash at most, so that this is a folder; and if it is missing, that is what to say.
+        if place.count("/") > 1 and not place.startswith((".", "/", "~", "open_clip:")):
+            place = f"./{place}"
         named[name] = systems()[place].loadable() if known else (place, None)
     return named
 

@@ -15,7 +15,7 @@ from eval.retrieval import evaluate_retrieval
 from eval.run import Failure, Settings, collect, run
 from eval.tasks import ClassTexts, Columns, Data, Listed, Task
 from tests.distributed import run_distributed
-from tests.eval.conftest import ColourModel, ColourProcessor
+from tests.eval.conftest import ColourModel, ColourProcessor, png
 from tests.full_disk import file_size_limit
 
 ROOT = Path(__file__).parents[2]
@@ -32,8 +32,9 @@ def task(name: str, columns: Columns = COLUMNS, **options) -> Task:
 @pytest.fixture
 def photos(write):
     """Twelve images whose bytes differ."""
+    images = [png((20 * i, 0, 100)) for i in range(12)]
     return write(
-        "photos.parquet", NAMES, en=[f"{name} {i}" for i, name in enumerate(NAMES)],
+        "photos.parquet", images, en=[f"{name} {i}" for i, name in enumerate(NAMES)],
         zh=[[f"{name} 色 {i}"] for i, name in enumerate(NAMES)], split=["test"] * 12, image_id=list("abcdefghijkl"),
         label=[0, 1, 2, 3] * 3,
     )  # fmt: skip
@@ -170,6 +171,7 @@ def test_mistakes_in_the_command_are_named(start, checkpoint, tmp_path):
         start(one, sources={"frist": "x"})
     with pytest.raises(ValueError, match="a/b and a--b would both be called a--b"):
         start(one, [f"a/b={checkpoint}", f"a--b={checkpoint}"])
+    assert "No checkpoint at runs/none/model (no folder)" in start(one, ["runs/none/model"])[0].error
     with pytest.raises(ValueError, match="M2-Encoder-1B is published as m2_encoder_1B.ckpt: make a folder of it"):
         start(one, ["M2-Encoder-1B"])
     with pytest.raises(ValueError, match="batch_size must be at least 1"):

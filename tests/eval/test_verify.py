@@ -74,3 +74,10 @@ def test_what_was_seen_is_recorded_in_the_file(tmp_path):
         record(path, 2, {"en": 3}, {"en": "f" * 64})
         assert load_task(path).expected == Expected(images=2, texts={"en": 3}, sha256={"en": "f" * 64})
         assert load_task(path).notes == ("kept",) and path.read_text().startswith("# a comment that stays")
+
+
+def test_flickr8k_cn_is_what_its_task_file_says(shared):
+    """The real file: 1,000 images, five captions in either language, and the captions themselves."""
+    flickr8k = load_task("flickr8k-cn")
+    levels = findings(flickr8k, shared / "data" / "flickr8k_cn_val.parquet")
+    assert set(levels.values()) == {"ok"} and "1,000 images" in levels
