@@ -98,5 +98,7 @@ def load_open_clip(
         )
         tokenizer = open_clip.get_tokenizer(architecture)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"open_clip:{name} cannot be loaded: {type(error).__name__}: {error}") from error
+        # For an unknown architecture the message lists all of them.
+        seen = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"open_clip:{name} cannot be loaded: {seen}") from error
     return OpenClipAdapter(model.eval(), transform, tokenizer, name=f"open_clip:{name}", dtype=dtype, autocast=autocast)
