@@ -1,1 +1,1 @@
-"""Measuring a bilingual image-text encoder: `python -m eval run --model DIR --scenes SCENES_DIR --output OUT_DIR`."""
+"""Measuring bilingual image-text encoders: `python -m eval run --models A,B --tasks all --output OUT_DIR`."""

@@ -86,7 +86,7 @@ def overview_plot(document: Mapping[str, Any], path: Path) -> list[Path]:
         shown += own
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    _legend(figure, shown)
+    _legend(figure, shown, chance=":")
     return [_save(figure, path)]
 
 
@@ -139,12 +139,19 @@ def _panel(axis: Axes, metric: str, own: Sequence[Dot], systems: Sequence[str]) 
 
 def _scatter(axis: Axes, own: Sequence[Dot], title: str, metric: str) -> None:
     _plain(axis)
-    for dot in own:
-        _draw(axis, dot, float(dot.parameters or 0), dot.value, along="y")
-        axis.annotate(dot.system, (float(dot.parameters or 0), dot.value), xytext=(5, 3), textcoords="offset points",
-                      fontsize=7, color=INK)  # fmt: skip
+    sizes = [float(dot.parameters or 0) for dot in own]
+    for dot, size in zip(own, sizes, strict=True):
+        _draw(axis, dot, size, dot.value, along="y")
+        right = size > math.sqrt(min(sizes) * max(sizes))  # names point to the middle, where there is room
+        axis.annotate(
+            dot.system, (size, dot.value), xytext=(-6 if right else 6, 4), textcoords="offset points", fontsize=7,
+            color=INK, ha="right" if right else "left",
+        )  # fmt: skip
+    for chance in {dot.chance for dot in own if dot.chance is not None}:
+        axis.axhline(chance, color=SOFT, linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
     axis.margins(x=0.25, y=0.2)
+    axis.tick_params(which="minor", length=0)
     axis.set_title(title, fontsize=9, color=INK, loc="left")
     axis.set_xlabel("parameters", fontsize=8, color=SOFT)
     axis.set_ylabel(f"{metric.replace('_', ' ')}, %", fontsize=8, color=SOFT)
@@ -167,7 +174,7 @@ def _plain(axis: Axes) -> None:
         spine.set(visible=side in ("left", "bottom"), color=RULE)
 
 
-def _legend(figure: Figure, own: Sequence[Dot]) -> None:
+def _legend(figure: Figure, own: Sequence[Dot], chance: str = "|") -> None:
     from matplotlib.lines import Line2D
 
     marks = [
@@ -181,7 +188,8 @@ def _legend(figure: Figure, own: Sequence[Dot]) -> None:
             )
         )
     if any(dot.chance is not None for dot in own):
-        marks.append(Line2D([], [], marker="|", linestyle="", color=SOFT, markersize=7, label="chance"))
+        style = {"marker": "|", "linestyle": "", "markersize": 7} if chance == "|" else {"linestyle": chance}
+        marks.append(Line2D([], [], color=SOFT, label="chance", **style))
     figure.legend(handles=marks, loc="upper right", ncols=len(marks), fontsize=8, frameon=False, labelcolor=SOFT)
 
 
