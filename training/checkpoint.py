@@ -42,7 +42,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from modeling_m2encoder import M2EncoderModel, M2EncoderProcessor
 from modeling_m2encoder.hub_folder import save_hub_folder
@@ -137,12 +136,32 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _tensors(trainee: Trained) -> dict[str, torch.Tensor]:
-    """Everything that is learned, by name. The tensors are the live ones: what DCP reads into them is loaded."""
-    model, options = trainee.distributed.module, StateDictOptions(flatten_optimizer_state_dict=True)
-    # Of an optimizer that has not stepped yet, this makes the moments first, by a step with learning rate 0.
-    state = get_optimizer_state_dict(model, trainee.optimizer, options=options)
-    moments = {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    return {f"model.{name}": value for name, value in get_model_state_dict(model).items()} | moments
+    """Everything that is learned, by name. The tensors are the live ones: what DCP reads into them is loaded.
+
+    Not DCP's `get_state_dict`: it names a layer that serves several depths once for each, and adds numbers (learning
+    rates, betas) that are settings here and that safetensors cannot hold.
+    """
+    if not trainee.optimizer.state:
+        _make_moments(trainee.optimizer)
+    tensors = {}
+    for name, parameter in trainee.distributed.module.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in trainee.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def _make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Of an optimizer that has not stepped yet: places to read into. Parameters stay as they are."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 # ---- Finding

@@ -209,7 +209,10 @@ class PretrainConfig:
                 "checkpoint.every must be 0 or more and checkpoint.keep 1 or more, got "
                 f"{self.checkpoint.every} and {self.checkpoint.keep}."
             )
-        self.sharding.check(num_processes)
+        sharding = self.sharding
+        if sharding.strategy in ("hsdp", "hpz") and sharding.shard_size is None:
+            sharding = dataclasses.replace(sharding, shard_size=gpus_per_node)
+        sharding.check(num_processes)
         return self._check_phases(num_processes, gpus_per_node)
 
     def _check_phases(self, num_processes: int, gpus_per_node: int) -> tuple[tuple[Phase, ...], tuple[BankPlan, ...]]:

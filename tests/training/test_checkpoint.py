@@ -139,7 +139,7 @@ def test_the_file_holds_the_weights_under_their_names(config: M2EncoderConfig, t
     stored = load_file(shard)
     for name, parameter in trained.distributed.module.named_parameters():
         assert torch.equal(stored[f"model.{name}"], parameter)
-        assert torch.equal(stored[f"optimizer.state.{name}.exp_avg"], trained.optimizer.state[parameter]["exp_avg"])
+        assert torch.equal(stored[f"optimizer.{name}.exp_avg"], trained.optimizer.state[parameter]["exp_avg"])
 
 
 def test_nothing_is_pickled(config: M2EncoderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
