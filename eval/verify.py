@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from .data import Table, open_table
-from .files import write_text
+from .files import read_json, write_text
 from .fine_grained import FineGrained
 from .retrieval import Captioned
 from .tasks import Task
@@ -129,9 +129,21 @@ def _flow(values: Mapping[str, int]) -> str:
 
 
 def check_scenes(task: Task, folder: str | Path) -> list[Finding]:
-    """That the folder's rows are as many as its manifest says."""
-    table = open_table([Path(folder) / task.data.files])
-    return [_count("images", task.expected.images, len(table))]
+    """That the folder holds as many test images, and questions of each task, as its manifest says.
+
+    Raises:
+        ValueError: for a folder that is no scenes data set, or lacks a file.
+    """
+    folder = Path(folder)
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} is not a scenes folder: it has no manifest.json. To get one: {task.data.obtain}.")
+    manifest = read_json(folder / "manifest.json")
+    settings = manifest.get("settings", {})
+    findings = [_count("images", settings.get("test"), len(open_table([folder / task.data.files])))]
+    for name in manifest.get("tasks", ()):
+        questions = len(open_table([folder / "tasks" / f"{name}.parquet"]))
+        findings.append(_count(f"{name} questions", settings.get("task_size"), questions))
+    return findings
 
 
 def _count(what: str, expected: int | None, seen: int) -> Finding:

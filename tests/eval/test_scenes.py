@@ -10,6 +10,8 @@ from eval.embed import Encoder
 from eval.models import adapt
 from eval.results import Score
 from eval.scenes import evaluate_scenes, score_scenes
+from eval.score import verify
+from eval.tasks import load_task
 from training.scenes import ScenesConfig, write_scenes
 
 
@@ -97,6 +99,10 @@ def test_mistakes_are_named(colour_encoder, folder, tmp_path):
 def test_on_what_training_scenes_writes(model, processor, tmp_path):
     """The two packages agree on the folder's layout; chance levels are those of the data set's card."""
     write_scenes(tmp_path / "real", ScenesConfig(train=1, validation=1, test=120, task_size=20, workers=1))
+    findings, _ = verify(load_task("scenes"), tmp_path / "real")
+    assert [finding.level for finding in findings] == ["ok"] * 5
+    with pytest.raises(ValueError, match="is not a scenes folder.*python -m training.scenes"):
+        verify(load_task("scenes"), tmp_path)
     flat = evaluate_scenes(model, processor, tmp_path / "real")
     assert {name.split("/")[1] for name in flat} == {
         "retrieval", "zero-shot", "attribute", "counting", "combination", "spatial",
