@@ -32,6 +32,10 @@ RECALL_AT = (1, 5, 10)
 # c = 8.
 ROUNDING_CONSTANT = 8.0
 
+# What torch.compile calls for a linear layer on the CPU. torch.mm goes to MKL, which leaves AVX-512 unused on AMD: this
+# takes half the time there (0.86 instead of 1.78 s for 5,000 x 25,000 x 768 on one thread of an EPYC, torch 2.13).
+ONEDNN_LINEAR = "_linear_pointwise"
+
 # fp64 copies of this many pairs of rows are made at a time: about 100 MB at d = 1024.
 PAIRS_AT_ONCE = 4096
 
@@ -159,14 +163,13 @@ def retrieval_ranks(
     counts = _Counts(images, texts, pairs, tie=rounding * 2.0**-53, margin=margin)
     buffers = torch.empty(3, min(tile, len(texts)) * min(tile, len(images)), device=images.device)
     with _full_fp32():
-        fp32_images = images.float()
+        fp32_images = images.float().contiguous()
         for row in range(0, len(texts), tile):
-            block = texts[row : row + tile].float()
+            block = texts[row : row + tile].float().contiguous()
             for column in range(0, len(images), tile):
                 part = fp32_images[column : column + tile]
                 scores, *work = (buffer[: len(block) * len(part)].view(len(block), len(part)) for buffer in buffers)
-                torch.mm(block, part.T, out=scores)
-                counts.add(scores, row, column, work)
+                counts.add(_product(block, part, scores), row, column, work)
     return counts.result()
 
 
@@ -370,6 +373,13 @@ def _nonzero(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # On the CPU torch.nonzero of a sparse tile takes as long as the matrix product; numpy's takes a tenth of it.
     flat = torch.from_numpy(np.flatnonzero(matrix.numpy()))
     return flat // matrix.shape[1], flat % matrix.shape[1]
+
+
+def _product(texts: torch.Tensor, images: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The fp32 dot products of all rows with all rows, perhaps in `out`."""
+    if texts.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, ONEDNN_LINEAR):
+        return getattr(torch.ops.mkldnn, ONEDNN_LINEAR)(texts, images, None, "none", [], "")
+    return torch.mm(texts, images.T, out=out)
 
 
 @contextmanager
