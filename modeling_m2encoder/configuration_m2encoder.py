@@ -28,7 +28,7 @@ SIZES: dict[str, dict[str, int | float | str]] = {
         # (docs/log.md).
         "initializer_range": 0.06,
         # Beside its patch embeddings, whose standard deviation is 1.2, drawn positions hardly show (docs/log.md).
-        "image_position_init": "sincos",
+        "position_init": "sincos",
     },
     "0.4B": {
         "hidden_size": 768,
@@ -93,9 +93,9 @@ class M2EncoderConfig(PreTrainedConfig):
         drop_path_rate (`float`): stochastic depth of the last layer in [0, 1); it grows linearly from 0 at the first.
         initializer_range (`float`): standard deviation of the initial weights; the value, output and feed-forward
             projections are scaled by sqrt(log(2 L)) on top (MAGNETO, arXiv 2210.06423).
-        image_position_init (`str`): initial patch positions, learned from there: "normal", drawn like other weights, or
-            "sincos", sines and cosines of the row and the column with amplitude 2 (needs `hidden_size` in multiples of
-            4). Read only where weights are initialised.
+        position_init (`str`): initial positions of patches and tokens, learned from there: "normal", drawn like other
+            weights, or "sincos", waves of sine and cosine over rows and columns, or over the text (needs `hidden_size`
+            in multiples of 4). Read only where weights are initialised.
         logit_scale_init_value (`float`): initial log of 1/temperature; ln(1/0.07) as in CLIP.
         num_decoder_layers (`int`): layers of each of the two decoders that only pretraining has (CMLM and CMIM, paper
             section 2 and Table 9); unused by the other models.
@@ -131,7 +131,7 @@ class M2EncoderConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
-    image_position_init: str = "normal"
+    position_init: str = "normal"
     logit_scale_init_value: float | int = 2.6592
     num_decoder_layers: int = 4
     decoder_context: str = "tokens"
@@ -202,11 +202,11 @@ class M2EncoderConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         if self.decoder_context not in ("tokens", "cls"):
             raise ValueError(f"decoder_context must be 'tokens' or 'cls', got {self.decoder_context!r}.")
-        if self.image_position_init not in ("normal", "sincos"):
-            raise ValueError(f"image_position_init must be 'normal' or 'sincos', got {self.image_position_init!r}.")
-        if self.image_position_init == "sincos" and self.hidden_size % 4:
+        if self.position_init not in ("normal", "sincos"):
+            raise ValueError(f"position_init must be 'normal' or 'sincos', got {self.position_init!r}.")
+        if self.position_init == "sincos" and self.hidden_size % 4:
             raise ValueError(
-                "image_position_init 'sincos' needs a hidden_size in multiples of 4 (sine and cosine of two "
+                "position_init 'sincos' needs a hidden_size in multiples of 4 (sine and cosine of two "
                 f"coordinates), got {self.hidden_size}."
             )
         if self.layer_norm_eps <= 0:

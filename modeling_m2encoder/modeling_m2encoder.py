@@ -33,8 +33,9 @@ from .inputs_m2encoder import check_kept_patches, check_pixels, check_text, keep
 MODALITIES = ("vision", "text")
 # What `M2EncoderForPreTraining` holds beyond `M2EncoderModel`; a pretraining folder serves for inference too.
 PRETRAINING_KEYS = [r"^pretraining_heads\."]
-# Beside nano's patch embeddings, of std 1.2 at first, smaller ones hardly count (docs/log.md).
-SINCOS_AMPLITUDE = 2.0
+# Amplitudes of initial sine-cosine positions. Beside nano's patch embeddings, of std 1.2 at first, smaller ones hardly
+# count; words have the std `initializer_range` (docs/log.md).
+PATCH_WAVES, TEXT_WAVES = 2.0, 2.0
 
 
 @dataclass
@@ -94,6 +95,7 @@ class M2EncoderTextEmbeddings(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_embeddings.positions_of = "text"  # for `_init_weights`
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`input_ids` [B, L] -> [B, L, D]."""
@@ -101,19 +103,22 @@ class M2EncoderTextEmbeddings(nn.Module):
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)
 
 
-def sincos_positions(config: M2EncoderConfig) -> torch.Tensor:
-    """Patch positions [P, D], row by row: a quarter of the width each for sine and cosine of the column x w, sine and
-    cosine of the row x w, times `SINCOS_AMPLITUDE`; the frequencies w fall from 1 to about 1 / (columns of the grid).
+def sincos_waves(length: int, width: int, longest: float) -> torch.Tensor:
+    """[length, width]: sine and cosine of i * w for the places i = 0, 1, ...; w falls from 1 to about 1 / `longest`."""
+    half = width // 2
+    angles = torch.arange(length, device="cpu").unsqueeze(1) * longest ** -(torch.arange(half, device="cpu") / half)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_patch_positions(config: M2EncoderConfig) -> torch.Tensor:
+    """Patch positions [P, D], row by row: half of the width for the waves of the column, half for those of the row.
 
     The 2-D form of MoCo v3 (arXiv 2104.02057) and MAE, with the columns of the grid for their 10,000: waves longer than
     that look the same at every place.
     """
-    side, quarter = config.image_size // config.patch_size, config.hidden_size // 4
-    frequencies = float(side) ** -(torch.arange(quarter, device="cpu") / quarter)
-    angles = torch.arange(side, device="cpu").unsqueeze(1) * frequencies
-    one_axis = SINCOS_AMPLITUDE * torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D/2]
-    columns = one_axis.expand(side, -1, -1)
-    return torch.cat([columns, columns.transpose(0, 1)], dim=-1).flatten(0, 1)
+    side = config.image_size // config.patch_size
+    columns = sincos_waves(side, config.hidden_size // 2, float(side)).expand(side, -1, -1)
+    return PATCH_WAVES * torch.cat([columns, columns.transpose(0, 1)], dim=-1).flatten(0, 1)
 
 
 class M2EncoderVisionEmbeddings(nn.Module):
@@ -127,7 +132,7 @@ class M2EncoderVisionEmbeddings(nn.Module):
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
         self.position_embeddings = nn.Embedding(POSITION_OFFSET + 1 + config.num_patches, config.hidden_size)
-        self.position_embeddings.holds_patch_positions = True  # for `_init_weights`
+        self.position_embeddings.positions_of = "vision"  # for `_init_weights`
 
     def interpolate_positions(self, height: int, width: int) -> torch.Tensor:
         """The position table for another image size: [1 + P, D], patch rows resized bicubically with antialiasing.
@@ -356,10 +361,14 @@ class M2EncoderPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if hasattr(module, "init_scale"):
             init.normal_(module.weight, std=std * module.init_scale)
-        elif getattr(module, "holds_patch_positions", False) and self.config.image_position_init == "sincos":
+        elif hasattr(module, "positions_of") and self.config.position_init == "sincos":
             # The class token's row, and those that nothing reads, stay as they have just been drawn.
-            drawn = module.weight[: POSITION_OFFSET + 1]
-            init.copy_(module.weight, torch.cat([drawn, sincos_positions(self.config).to(drawn)]))
+            if module.positions_of == "vision":
+                drawn, table = module.weight[: POSITION_OFFSET + 1], sincos_patch_positions(self.config)
+            else:
+                drawn, length = module.weight[:POSITION_OFFSET], self.config.max_position_embeddings - POSITION_OFFSET
+                table = TEXT_WAVES * std * sincos_waves(length, self.config.hidden_size, float(length))
+            init.copy_(module.weight, torch.cat([drawn, table.to(drawn)]))
         elif isinstance(module, M2EncoderVisionEmbeddings):
             init.normal_(module.cls_token, std=std)
         elif isinstance(module, M2EncoderModel):

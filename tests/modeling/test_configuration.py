@@ -40,7 +40,7 @@ def test_nano_trains_on_a_laptop():
 
 
 def test_only_nano_starts_from_sincos_positions():
-    kinds = {size: M2EncoderConfig.from_size(size).image_position_init for size in SIZES}
+    kinds = {size: M2EncoderConfig.from_size(size).position_init for size in SIZES}
     assert kinds == {"nano": "sincos", "0.4B": "normal", "1B": "normal", "10B": "normal"}
 
 
@@ -55,8 +55,8 @@ def test_round_trip(config: M2EncoderConfig, tmp_path: Path):
         ({"hidden_size": 100}, "num_attention_heads"),
         ({"image_size": 225}, r"image_size \(225\) must be a multiple of patch_size \(16\); the nearest is 224"),
         ({"image_size": 5}, "the nearest is 16"),
-        ({"image_position_init": "random"}, "image_position_init must be 'normal' or 'sincos', got 'random'"),
-        ({"image_position_init": "sincos", "hidden_size": 18, "num_attention_heads": 2}, "multiples of 4.*got 18"),
+        ({"position_init": "random"}, "position_init must be 'normal' or 'sincos', got 'random'"),
+        ({"position_init": "sincos", "hidden_size": 18, "num_attention_heads": 2}, "multiples of 4.*got 18"),
         ({"max_text_length": 1023}, "max_position_embeddings"),
         ({"max_text_length": 1}, "max_text_length"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),

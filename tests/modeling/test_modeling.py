@@ -308,11 +308,11 @@ def test_initial_weights_follow_magneto():
 
 
 def test_sincos_positions(config, batch, tmp_path: Path):
-    """By the formula, patch by patch; class row and unused rows as without; learned; drawn only where missing."""
+    """By the formula, place by place; class row and unused rows as without; learned; drawn only where missing."""
     models = []
     for kind in ("normal", "sincos"):
         torch.manual_seed(0)
-        models.append(M2EncoderModel(M2EncoderConfig(**{**config.to_dict(), "image_position_init": kind})).train())
+        models.append(M2EncoderModel(M2EncoderConfig(**{**config.to_dict(), "position_init": kind})).train())
     normal, sincos = models
     table = sincos.encoder.vision_embeddings.position_embeddings.weight
     for patch in range(16):
@@ -320,10 +320,16 @@ def test_sincos_positions(config, batch, tmp_path: Path):
         frequencies = [1 / 4 ** (i / 8) for i in range(8)]
         expected = [2 * f(p * w) for p in (x, y) for f in (math.sin, math.cos) for w in frequencies]
         torch.testing.assert_close(table[3 + patch].detach(), torch.tensor(expected), atol=1e-6, rtol=0)
-    name = "encoder.vision_embeddings.position_embeddings.weight"
+    name, text = (f"encoder.{kind}_embeddings.position_embeddings.weight" for kind in ("vision", "text"))
     states = [model.state_dict() for model in models]
-    assert torch.equal(states[0][name][:3], states[1][name][:3]) and not torch.equal(*(s[name] for s in states))
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0] if key != name)
+    for place in range(len(states[1][text]) - 2):
+        frequencies = [(len(states[1][text]) - 2) ** -(i / 16) for i in range(16)]
+        expected = [0.04 * f(place * w) for f in (math.sin, math.cos) for w in frequencies]
+        torch.testing.assert_close(states[1][text][2 + place], torch.tensor(expected), atol=1e-6, rtol=0)
+    for key, drawn in ((name, 3), (text, 2)):
+        assert torch.equal(states[0][key][:drawn], states[1][key][:drawn])
+        assert not torch.equal(states[0][key], states[1][key])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0] if key not in (name, text))
     sincos(**batch, return_loss=True).loss.backward()
     assert (table.grad[2:].abs().sum(dim=1) > 0).all()
 
