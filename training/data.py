@@ -105,8 +105,8 @@ def batches(
     """This rank's share of the global batches `start_step`, ..., `start_step + num_steps - 1`.
 
     Step s takes the positions s * global_batch_size and on of an endless sequence, and each rank a contiguous slice of
-    them. The language of a position follows a fixed pattern with the weights' shares (`language_cycle`); caption,
-    augmentation and masks are drawn with (seed, position). What lies at a position:
+    them. The language of a position follows a fixed pattern with the weights' shares (`language_cycle`), neighbours in
+    one language; caption, augmentation and masks are drawn with (seed, position). What lies at a position:
 
     - indexable source: sample p % n of epoch p // n, each epoch a new permutation of all n rows. The batch in which an
       epoch ends goes on with the next one.
@@ -150,7 +150,9 @@ def batches(
         raise ValueError(f"Expected 0 or more, got {seed=}, {start_step=}, {num_steps=}, {num_workers=}.")
     if neighbours < 1 or shuffle_window < 1:
         raise ValueError(f"Expected at least 1, got {neighbours=}, {shuffle_window=}.")
-    maker = BatchMaker(processor, language_cycle(weights), seed, augment, flip, draft, masker)
+    # Neighbours speak one language: what tells hard negatives apart is then the word that differs.
+    cycle = [language for language in language_cycle(weights) for _ in range(neighbours)]
+    maker = BatchMaker(processor, cycle, seed, augment, flip, draft, masker)
     if isinstance(source, StreamedSource):
         _check_streamed(source, world_size, max(1, num_workers), start_step, neighbours)
         plan: Plan = StreamedPlan(source, maker, seed, rank, world_size, max(1, num_workers), shuffle_window)

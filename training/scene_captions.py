@@ -8,6 +8,8 @@ literal translation. `holds` decides whether facts are true of a scene; captions
 Conventions, the same in both languages:
 * Number words and articles are exact: "a red star" holds of an image with exactly one red star, whatever else is in it.
 * Full descriptions name every kind of object; medium size and solid filling mostly go unsaid there.
+* A relation can be told from either side. Training captions mostly name the colour first that comes first in `COLOURS`,
+  so that "left" alone says something of the image before the order of the words is understood (docs/log.md).
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import TypeVar
 
-from training.scene_world import OPPOSITE, Kind, Scene, SceneObject, relation_between
+from training.scene_world import COLOURS, OPPOSITE, Kind, Scene, SceneObject, relation_between
 
 T = TypeVar("T")
 Pick = Callable[[Sequence[T]], T]  # random.Random.choice, or `first` for the standard wording
 
 CAPTIONS_PER_SCENE = 6
+# Of the relations between two colours in training captions: named in the order of COLOURS; of the rest, half are too.
+ORDERED_SHARE = 0.5
+_RANK = {colour: rank for rank, colour in enumerate(COLOURS)}
 
 
 def first(options: Sequence[T]) -> T:
@@ -270,13 +275,14 @@ def _be(phrase: Phrase) -> str:
     return "is" if phrase.count == 1 else "are"
 
 
-def english(facts: Facts, rng: random.Random, *, counting: bool = False) -> str:
+def english(facts: Facts, rng: random.Random, *, counting: bool = False, ordered: float = 0.0) -> str:
     """One English wording of the facts. A sentence has a capital and a full stop; a bare noun phrase has neither.
 
     counting: the caption is about the numbers, so it says "one", not "a".
+    ordered: how often, in [0, 1], a relation is told in the order of the colours.
     """
     if facts.relation is not None:
-        text, subject = _english_relation(facts, rng)
+        text, subject = _english_relation(facts, rng, ordered)
     else:
         phrases = rng.sample(facts.phrases, len(facts.phrases))
         determiner = "one" if counting else "a"
@@ -289,9 +295,9 @@ def english(facts: Facts, rng: random.Random, *, counting: bool = False) -> str:
     return text[0].upper() + text[1:] if text.endswith(".") else text
 
 
-def _english_relation(facts: Facts, rng: random.Random) -> tuple[str, Phrase]:
+def _english_relation(facts: Facts, rng: random.Random, ordered: float) -> tuple[str, Phrase]:
     """The relation as a noun phrase or, with a full stop, as a sentence; and the phrase that its verb agrees with."""
-    a, b, relation = _either_way(facts, rng)
+    a, b, relation = _either_way(facts, rng, ordered)
     words = rng.choice(EN_RELATIONS[relation])
     form = rng.choice(("noun", "noun", "with", "definite", "fronted"))
     if form == "definite" and facts.background is None:
@@ -309,11 +315,15 @@ def _english_relation(facts: Facts, rng: random.Random) -> tuple[str, Phrase]:
     return f"{text_a} {words} {text_b}", a
 
 
-def _either_way(facts: Facts, rng: random.Random) -> tuple[Phrase, Phrase, str]:
+def _either_way(facts: Facts, rng: random.Random, ordered: float) -> tuple[Phrase, Phrase, str]:
     """ "a left of b" or, which is the same, "b right of a"."""
     a, b = facts.phrases
     assert facts.relation is not None
-    return (a, b, facts.relation) if rng.random() < 0.5 else (b, a, OPPOSITE[facts.relation])
+    if a.colour and b.colour and a.colour != b.colour and ordered and rng.random() < ordered:
+        a_first = _RANK[a.colour] < _RANK[b.colour]
+    else:
+        a_first = rng.random() < 0.5
+    return (a, b, facts.relation) if a_first else (b, a, OPPOSITE[facts.relation])
 
 
 # -------------------------------------------------------------------------------------------------------------- Chinese
@@ -411,11 +421,11 @@ def join_chinese(items: Sequence[str]) -> str:
     return "和".join(filter(None, ("、".join(items[:-1]), items[-1])))
 
 
-def chinese(facts: Facts, rng: random.Random, *, counting: bool = False) -> str:
-    """One Chinese wording of the facts, without a final full stop, as captions have it."""
+def chinese(facts: Facts, rng: random.Random, *, counting: bool = False, ordered: float = 0.0) -> str:
+    """One Chinese wording of the facts, without a final full stop, as captions have it; arguments as for `english`."""
     background = ZH_BACKGROUNDS[facts.background] if facts.background else ""
     if facts.relation is not None:
-        text = _chinese_relation(facts, rng)
+        text = _chinese_relation(facts, rng, ordered)
         templates = ZH_RELATION_BACKGROUND if background else ZH_RELATION_PLAIN
     else:
         phrases = rng.sample(facts.phrases, len(facts.phrases))
@@ -426,8 +436,8 @@ def chinese(facts: Facts, rng: random.Random, *, counting: bool = False) -> str:
     return rng.choice(templates).format(x=text, bg=background)
 
 
-def _chinese_relation(facts: Facts, rng: random.Random) -> str:
-    a, b, relation = _either_way(facts, rng)
+def _chinese_relation(facts: Facts, rng: random.Random, ordered: float) -> str:
+    a, b, relation = _either_way(facts, rng, ordered)
     side = rng.choice(ZH_SIDES[relation])
     known = rng.random() < 0.5
     text_b = chinese_phrase(b, rng.choice, numeral=not known)
@@ -437,14 +447,29 @@ def _chinese_relation(facts: Facts, rng: random.Random) -> str:
     return form.format(a=text_a, b=text_b, side=side)
 
 
-def caption_scene(scene: Scene, rng: random.Random) -> tuple[list[str], list[str]]:
+def caption_scene(scene: Scene, rng: random.Random, *, ordered: float = 0.0) -> tuple[list[str], list[str]]:
     """CAPTIONS_PER_SCENE captions in English and in Chinese; captions at the same index state the same facts."""
+    return _captions(lambda index: caption_facts(scene, index, rng), scene, rng, ordered)
+
+
+def caption_twin(scene: Scene, rng: random.Random) -> tuple[list[str], list[str]]:
+    """Captions as of `caption_scene` that say the colours of two kinds of object, their relation, and no more."""
+    groups = scene.groups
+    phrases = tuple(_phrase(kind, len(items), ("colour",)) for kind, items in groups.items())
+    facts = Facts(phrases, relation_between(*groups.values()))
+    return _captions(lambda index: (facts, False), scene, rng, ORDERED_SHARE)
+
+
+def _captions(
+    facts_at: Callable[[int], tuple[Facts, bool]], scene: Scene, rng: random.Random, ordered: float
+) -> tuple[list[str], list[str]]:
     captions_en: list[str] = []
     captions_zh: list[str] = []
     while len(captions_en) < CAPTIONS_PER_SCENE:
-        facts, counting = caption_facts(scene, len(captions_en), rng)
+        facts, counting = facts_at(len(captions_en))
         assert holds(facts, scene), (facts, scene)
-        text_en, text_zh = english(facts, rng, counting=counting), chinese(facts, rng, counting=counting)
+        text_en = english(facts, rng, counting=counting, ordered=ordered)
+        text_zh = chinese(facts, rng, counting=counting, ordered=ordered)
         if text_en not in captions_en and text_zh not in captions_zh:
             captions_en.append(text_en)
             captions_zh.append(text_zh)

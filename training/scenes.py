@@ -2,13 +2,13 @@
 
     python -m training.scenes OUT_DIR [--train 30000 --validation 1000 --test 1000 --task-size 500 --seed 0 --workers 2]
 
-writes parquet that `datasets.load_dataset(OUT_DIR)` reads (splits train, validation, test) and four fine-grained tasks
-over the test images, `datasets.load_dataset(OUT_DIR, "attribute")` and so on (training/scene_tasks.py says how they are
-made). The world is in training/scene_world.py, the language in training/scene_captions.py; training scenes come in
-families of look-alikes, which training/scene_families.py makes.
+writes parquet that `datasets.load_dataset(OUT_DIR)` reads (splits twins, train, validation, test) and four fine-grained
+tasks over the test images, `datasets.load_dataset(OUT_DIR, "attribute")` and so on (training/scene_tasks.py says how
+they are made). The world is in training/scene_world.py, the language in training/scene_captions.py; training scenes
+come in families of look-alikes, which training/scene_families.py makes.
 
-Splits. Training and validation scenes hold none of the 16 (colour, shape) pairs of `scene_world.HELD_OUT_PAIRS`; every
-test scene holds at least one. No two test scenes have the same full description (`scene_captions.full_facts`:
+Splits. Twins, training and validation scenes hold none of the 16 (colour, shape) pairs of `scene_world.HELD_OUT_PAIRS`;
+every test scene holds at least one. No two test scenes have the same full description (`scene_captions.full_facts`:
 everything but the background), so captions 0 and 1 of a test image, which describe it in full, fit one image only:
 retrieval with them has one right answer.
 
@@ -41,20 +41,22 @@ from datasets import Features, Image, List, Value
 from tqdm import tqdm
 
 from training.scene_captions import (
+    ORDERED_SHARE,
     ZH_BACKGROUNDS,
     ZH_COLOURS,
     ZH_SHAPES,
     ZH_SIZES,
     ZH_TEXTURES,
     caption_scene,
+    caption_twin,
     full_facts,
 )
-from training.scene_families import FAMILY_SIZE, sample_family
+from training.scene_families import FAMILY_SIZE, sample_family, sample_twins
 from training.scene_tasks import TASKS, TaskRow, build_task
 from training.scene_world import HELD_OUT_PAIRS, Scene, draw_scene, sample_scene
 
-VERSION = 2  # of the pictures and words: raise it when the same seed gives other data
-SPLITS = ("train", "validation", "test")
+VERSION = 3  # of the pictures and words: raise it when the same seed gives other data
+SPLITS = ("twins", "train", "validation", "test")
 MIN_IMAGE_SIZE = 48  # pixels; below, the textures of small objects cannot be told apart
 ROWS_PER_FILE = 10_000
 ROWS_PER_JOB = 250  # one job of a worker, and one row group
@@ -85,6 +87,8 @@ TASK_FEATURES = Features(
 class ScenesConfig:
     """Size and seed of a scenes data set. Raises ValueError for what cannot be written."""
 
+    twins: int = 8_000
+    """Number of scenes of the first lesson, on relations: in pairs (training/scene_families.py)."""
     train: int = 30_000
     """Number of training scenes, in families of four (training/scene_families.py)."""
     validation: int = 1_000
@@ -125,6 +129,8 @@ class SceneId:
         """The scene itself."""
         if self.split == "train":
             return _family(seed, self.index // FAMILY_SIZE)[self.index % FAMILY_SIZE]
+        if self.split == "twins":
+            return sample_twins(random.Random(f"twins/{seed}/{self.index // 2}"))[self.index % 2]
         rng = random.Random(f"scene/{seed}/{self.split}/{self.index}/{self.attempt}")
         return sample_scene(rng, unseen=self.split == "test")
 
@@ -161,7 +167,7 @@ def write_scenes(out_dir: str | Path, config: ScenesConfig) -> None:
 def _write_all(folder: Path, config: ScenesConfig) -> None:
     test_ids = list(_distinct_test_ids(config))
     ids = {
-        split: [SceneId(split, index) for index in range(getattr(config, split))] for split in ("train", "validation")
+        split: [SceneId(split, index) for index in range(getattr(config, split))] for split in SPLITS if split != "test"
     }
     ids["test"] = test_ids
     tasks = _build_tasks(test_ids, config)  # before the drawing, so that impossible settings fail at once
@@ -228,7 +234,12 @@ def _split_table(scene_ids: Sequence[SceneId], *, seed: int, image_size: int) ->
     rows = []
     for scene_id in scene_ids:
         scene = scene_id.scene(seed)
-        captions_en, captions_zh = caption_scene(scene, random.Random(f"captions/{seed}/{scene_id.name}"))
+        rng = random.Random(f"captions/{seed}/{scene_id.name}")
+        if scene_id.split == "twins":
+            captions_en, captions_zh = caption_twin(scene, rng)
+        else:
+            ordered = ORDERED_SHARE if scene_id.split == "train" else 0.0
+            captions_en, captions_zh = caption_scene(scene, rng, ordered=ordered)
         rows.append(
             {
                 **_image_columns(scene_id.name, scene, image_size),
@@ -327,8 +338,9 @@ CARD_TEXT = """
 
 # M2-Encoder scenes, version {version}
 
-Procedurally drawn pictures of 1 to 4 coloured shapes with captions in English and Chinese. {train} training,
-{validation} validation and {test} test images of {image_size} x {image_size} pixels, seed {seed}. Made by
+Procedurally drawn pictures of 1 to 4 coloured shapes with captions in English and Chinese. {train} training images,
+{twins} of a first lesson, {validation} validation and {test} test images of {image_size} x {image_size} pixels, seed
+{seed}. Made by
 
     python -m training.scenes OUT_DIR {flags}
 
@@ -342,8 +354,12 @@ exact: "a red star" means exactly one. In full descriptions medium size and soli
 **Families.** Training images 4n to 4n + 3 share background, colours and numbers of objects; shapes, sizes, textures and
 relations tell them apart. They are hard negatives for each other if a batch keeps them together.
 
-**Splits.** Training and validation images hold none of the (colour, shape) pairs held out; every test image holds at
-least one, and no two test images have the same full description. Held out: {pairs}.
+**Twins.** The split `twins` is a first lesson on relations: images 2n and 2n + 1 show two plain objects of the same
+looks in opposite relations, and captions say the colours and the relation. In training captions relations are mostly
+told in a fixed order of the colours (three of four times, where both are named); elsewhere the order is left to chance.
+
+**Splits.** Twins, training and validation images hold none of the (colour, shape) pairs held out; every test image
+holds at least one, and no two test images have the same full description. Held out: {pairs}.
 
 **Tasks.** `attribute`, `counting`, `combination` and `spatial`, {task_size} questions each over the test images:
 `candidates_en` and `candidates_zh` are parallel and differ by one word, `label` is the index of the only true one,

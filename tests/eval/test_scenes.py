@@ -98,7 +98,7 @@ def test_mistakes_are_named(colour_encoder, folder, tmp_path):
 
 def test_on_what_training_scenes_writes(model, processor, tmp_path):
     """The two packages agree on the folder's layout; chance levels are those of the data set's card."""
-    write_scenes(tmp_path / "real", ScenesConfig(train=1, validation=1, test=120, task_size=20, workers=1))
+    write_scenes(tmp_path / "real", ScenesConfig(twins=2, train=1, validation=1, test=120, task_size=20, workers=1))
     findings, _ = verify(load_task("scenes"), tmp_path / "real")
     assert [finding.level for finding in findings] == ["ok"] * 5
     with pytest.raises(ValueError, match="is not a scenes folder.*python -m training.scenes"):

@@ -169,7 +169,7 @@ def test_a_node_dies_and_comes_back(tmp_path: Path):
     """Two nodes with two processes each; one node loses all its processes in mid-run and is started anew."""
     if reason := why_not():
         pytest.skip(reason)
-    write_scenes(tmp_path / "scenes", ScenesConfig(train=64, validation=16, test=48, task_size=4, workers=1))
+    write_scenes(tmp_path / "scenes", ScenesConfig(twins=2, train=64, validation=16, test=48, task_size=4, workers=1))
     run, steps = tmp_path / "run", 20
     words = ["nano_smoke", "--output-dir", str(run), "--data.files", f"{tmp_path}/scenes/train-*.parquet"]
     words += ["--steps", str(steps), "--checkpoint.every", "3", "--itc.group-nodes", "1"]

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor
 
 from modeling_m2encoder import M2EncoderConfig, M2EncoderForPreTraining, M2EncoderModel
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    write_scenes(folder, ScenesConfig(train=64, validation=16, test=48, task_size=4, workers=1))
+    write_scenes(folder, ScenesConfig(twins=2, train=64, validation=16, test=48, task_size=4, workers=1))
     return folder
 
 
@@ -70,7 +71,7 @@ def test_training_learns_and_is_repeatable(scenes: Path, tmp_path: Path):
     optimizer = dataclasses.replace(nano_smoke().optimizer, warmup_steps=10)
     pretrain(smoke(scenes, tmp_path / "a", steps=70, batch_size=32, optimizer=optimizer))
     losses = [line["loss"] for line in log_of(tmp_path / "a")]
-    assert losses[0] == pytest.approx(3.47, abs=0.2) and sum(losses[-10:]) / 10 < 3.2
+    assert losses[0] == pytest.approx(3.47, abs=0.4) and sum(losses[-10:]) / 10 < 3.2
     # While the learning rate warms up, the run's length is nothing to it.
     pretrain(smoke(scenes, tmp_path / "b", steps=10, batch_size=32, optimizer=optimizer))
     assert [line["loss"] for line in log_of(tmp_path / "b")] == losses[:10]
@@ -227,6 +228,7 @@ def test_bf16(scenes: Path, tmp_path: Path):
     """Computed in bf16, about the same loss; what is trained and exported is fp32."""
     losses = {}
     for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision
         objective = ObjectiveConfig()
         config = smoke(scenes, tmp_path / precision, steps=2, mixed_precision=precision, objective=objective)
         folder = pretrain(config)
@@ -234,6 +236,7 @@ def test_bf16(scenes: Path, tmp_path: Path):
         assert {weight.dtype for weight in AutoModel.from_pretrained(folder, dtype="auto").parameters()} == {
             torch.float32
         }
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert losses["bf16"] == pytest.approx(losses["no"], rel=0.02) and losses["bf16"] != losses["no"]
 
 

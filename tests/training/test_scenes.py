@@ -56,7 +56,7 @@ from training.scene_world import (
 )
 from training.scenes import ScenesConfig, write_scenes
 
-SMALL = ScenesConfig(train=300, validation=40, test=150, task_size=60, workers=1)
+SMALL = ScenesConfig(twins=100, train=300, validation=40, test=150, task_size=60, workers=1)
 
 
 def thing(shape: str, colour: str, x: float, y: float, size: str = "small", texture: str = "solid") -> SceneObject:
@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(folder: Path) -> dict[str, list[dict]]:
     """All rows of the splits and the tasks."""
-    files = {split: folder / f"{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")}
+    files = {split: folder / f"{split}-00000-of-00001.parquet" for split in scenes.SPLITS}
     files |= {
         task: folder / "tasks" / f"{task}.parquet" for task in ("attribute", "counting", "combination", "spatial")
     }
@@ -370,7 +370,7 @@ def full_description(statement: Statement) -> tuple[frozenset[Said], tuple | Non
     return frozenset(map(complete, statement.phrases)), relation
 
 
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("split", scenes.SPLITS)
 def test_every_caption_is_true_and_the_languages_agree(rows: dict[str, list[dict]], split: str) -> None:
     for row in rows[split]:
         scene = Scene.from_json(row["scene"])
@@ -427,8 +427,25 @@ def test_a_family_shares_background_colours_and_numbers() -> None:
     assert turned >= 20
 
 
+def test_twins_differ_in_the_relation_alone(rows: dict[str, list[dict]]) -> None:
+    ordered = Counter()
+    order = list(COLOURS)
+    for one, other in zip(rows["twins"][::2], rows["twins"][1::2], strict=True):
+        a, b = (Scene.from_json(row["scene"]) for row in (one, other))
+        assert a.background == b.background and [o.kind for o in a.objects] == [o.kind for o in b.objects]
+        facts = full_facts(a)
+        assert facts.relation and full_facts(b) == replace(facts, relation=OPPOSITE[facts.relation])
+        for text in one["captions_en"] + other["captions_en"]:
+            statement = parse_english(text)
+            assert not any(p.shape or p.size or p.texture for p in statement.phrases)
+            a, relation, b = statement.relation
+            of_first = relation if order.index(a.colour) < order.index(b.colour) else OPPOSITE[relation]
+            ordered[of_first in text.lower().replace("under", "below").replace("beneath", "below")] += 1
+    assert 0.7 < ordered[True] / ordered.total() < 0.8  # told in the order of the colours: a half, and half of the rest
+
+
 def test_splits_and_held_out_pairs(rows: dict[str, list[dict]]) -> None:
-    for split in ("train", "validation", "test"):
+    for split in scenes.SPLITS:
         assert [row["image_id"] for row in rows[split]] == [f"{split}-{i:06d}" for i in range(getattr(SMALL, split))]
         for row in rows[split]:
             objects = json.loads(row["scene"])["objects"]
@@ -542,7 +559,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_same_seed_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
-    sizes = {"train": 260, "validation": 2, "test": 30, "task_size": 8}  # 260: two jobs
+    sizes = {"twins": 3, "train": 260, "validation": 2, "test": 30, "task_size": 8}  # 260: two jobs
     for name, settings in {"one": {"workers": 1}, "two": {"workers": 2}, "other": {"workers": 1, "seed": 1}}.items():
         write_scenes(tmp_path / name, ScenesConfig(**sizes, **settings))
     one, two, other = (contents(tmp_path / name) for name in ("one", "two", "other"))
@@ -551,9 +568,9 @@ def test_same_seed_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     assert all(one[name] != other[name] for name in one)
 
 
-def test_version_2_is_what_it_was() -> None:
+def test_version_3_is_what_it_was() -> None:
     """Fails if the scenes or words of a seed change: then raise scenes.VERSION and these lines."""
-    assert scenes.VERSION == 2
+    assert scenes.VERSION == 3
     table = scenes._split_table([scenes.SceneId("test", 4)], seed=0, image_size=64)
     (row,) = table.to_pylist()
     hearts = [thing("heart", "purple", x, y, size="medium") for x, y in ((0.7946, 0.2737), (0.7675, 0.8052))]
@@ -565,7 +582,12 @@ def test_version_2_is_what_it_was() -> None:
 
 def test_datasets_loads_splits_and_tasks(folder: Path, tmp_path: Path) -> None:
     loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path))
-    assert {split: len(rows) for split, rows in loaded.items()} == {"train": 300, "validation": 40, "test": 150}
+    assert {split: len(rows) for split, rows in loaded.items()} == {
+        "twins": 100,
+        "train": 300,
+        "validation": 40,
+        "test": 150,
+    }
     assert loaded["test"].features == scenes.SPLIT_FEATURES
     image = loaded["test"][0]["image"]
     assert image.size == (64, 64) and image.mode == "RGB"
@@ -585,10 +607,12 @@ def test_files_and_manifest(folder: Path) -> None:
         "tasks",
         "test-00000-of-00001.parquet",
         "train-00000-of-00001.parquet",
+        "twins-00000-of-00001.parquet",
         "validation-00000-of-00001.parquet",
     ]
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["settings"] == {
+        "twins": 100,
         "train": 300,
         "validation": 40,
         "test": 150,
@@ -606,13 +630,13 @@ def test_files_and_manifest(folder: Path) -> None:
             if value != "medium"
         )
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "--train 300 --validation 40 --test 150 --task-size 60 --image-size 64 --seed 0" in card
+    assert "--twins 100 --train 300 --validation 40 --test 150 --task-size 60 --image-size 64 --seed 0" in card
 
 
 def test_many_rows_make_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenes, "ROWS_PER_JOB", 5)
     monkeypatch.setattr(scenes, "ROWS_PER_FILE", 10)
-    write_scenes(tmp_path / "s", ScenesConfig(train=23, validation=1, test=10, task_size=5, workers=1))
+    write_scenes(tmp_path / "s", ScenesConfig(twins=2, train=23, validation=1, test=10, task_size=5, workers=1))
     files = [tmp_path / "s" / f"train-{i:05d}-of-00003.parquet" for i in range(3)]
     assert [pq.read_metadata(path).num_rows for path in files] == [10, 10, 3]
 
@@ -633,7 +657,7 @@ def test_too_small_images_are_refused() -> None:
 
 
 def test_existing_data_is_never_overwritten(tmp_path: Path) -> None:
-    tiny = ScenesConfig(train=1, validation=1, test=10, task_size=2, workers=1)
+    tiny = ScenesConfig(twins=2, train=1, validation=1, test=10, task_size=2, workers=1)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
@@ -647,7 +671,7 @@ def test_existing_data_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_more_questions_than_the_scenes_allow(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the 3 test scenes allow only .* not 500: lower task_size or raise test"):
-        write_scenes(tmp_path / "s", ScenesConfig(train=1, validation=1, test=3, workers=1))
+        write_scenes(tmp_path / "s", ScenesConfig(twins=2, train=1, validation=1, test=3, workers=1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -655,7 +679,7 @@ def test_test_scenes_must_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     always = sample_scene(random.Random(0), unseen=True)
     monkeypatch.setattr(scenes, "sample_scene", lambda rng, unseen: always)
     with pytest.raises(ValueError, match="only 1 test scenes with different descriptions: test is 5"):
-        write_scenes(tmp_path / "s", ScenesConfig(train=1, validation=1, test=5, task_size=1, workers=1))
+        write_scenes(tmp_path / "s", ScenesConfig(twins=2, train=1, validation=1, test=5, task_size=1, workers=1))
 
 
 def test_test_scenes_with_a_duplicate_are_drawn_again() -> None:
@@ -671,7 +695,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(scenes, "_task_table", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_scenes(tmp_path / "s", ScenesConfig(train=3, validation=1, test=10, task_size=2, workers=1))
+        write_scenes(tmp_path / "s", ScenesConfig(twins=2, train=3, validation=1, test=10, task_size=2, workers=1))
     assert list(tmp_path.iterdir()) == []
 
 
