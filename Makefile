@@ -21,6 +21,8 @@ $(VENV)/.installed: setup.cfg constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval,export,dev]"
+	# What LAMB is compared with; its dependencies would bring torchvision, and its optimizers need only torch.
+	$(RUN) -m pip install --quiet --no-deps -c constraints.txt timm
 	touch $@
 
 quickstart: install
