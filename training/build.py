@@ -78,15 +78,15 @@ def print_plan(config: PretrainConfig, accelerator: Accelerator) -> None:
     on_gpu = accelerator.device.type == "cuda"
     memory = torch.cuda.get_device_properties(accelerator.device).total_memory if on_gpu else None
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    accelerator.print(
-        plan(
-            config,
-            world_size=accelerator.num_processes,
-            gpus_per_node=gpus_per_node(),
-            gpu_memory=memory,
-            compute_dtype=dtype,
-        )
+    made = plan(
+        config,
+        world_size=accelerator.num_processes,
+        gpus_per_node=gpus_per_node(),
+        gpu_memory=memory,
+        compute_dtype=dtype,
     )
+    if accelerator.is_main_process:  # not accelerator.print, which speaks once per node
+        print(made)
 
 
 def claim_output_dir(config: PretrainConfig, accelerator: Accelerator, checkpoint: Checkpoint | None) -> None:
@@ -268,6 +268,7 @@ def open_stream(
         language_weights=settings.language_weights or None,
         augment=settings.augment,
         flip=settings.flip,
+        draft=settings.draft,
         neighbours=settings.neighbours,
         shuffle_window=settings.shuffle_window,
         masker=build_masker(config, processor, phase),

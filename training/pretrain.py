@@ -102,7 +102,7 @@ def pretrain(config: PretrainConfig) -> Path:
         log.count(batch["skipped"], step_flops(trainee.distributed.module.config, batch))
         if logging:
             with log.paused():
-                scores = evaluate(config, accelerator, trainee.distributed, processor) if evaluating else {}
+                scores = evaluate(config, trainee.distributed, processor) if evaluating else {}
             log.write(step, {**metrics, "lr": lr, **scores})
         if config.checkpoint.every and (step % config.checkpoint.every == 0 or last):
             with log.paused():
@@ -252,28 +252,25 @@ def step_flops(config: M2EncoderConfig, batch: Mapping[str, Any]) -> float:
     )
 
 
-def evaluate(
-    config: PretrainConfig, accelerator: Accelerator, distributed: Distributed, processor: M2EncoderProcessor
-) -> dict[str, float]:
-    """Retrieval scores on held-out data, on the main process while the others wait.
-
-    A sharded model is whole on no process: all compute the same together, layer by layer.
-    """
+def evaluate(config: PretrainConfig, distributed: Distributed, processor: M2EncoderProcessor) -> dict[str, float]:
+    """Scores on held-out data. Every process embeds its share and gets all scores, as a sharded model needs anyway."""
     scores: dict[str, float] = {}
-    if accelerator.is_main_process or distributed.strategy != "ddp":
-        model, settings = distributed.module, config.evaluation
-        if settings.scenes:
-            scores |= evaluate_scenes(model, processor, settings.scenes, split="validation", limit=settings.limit)
-        if settings.retrieval:
-            scores |= evaluate_retrieval(
-                model,
-                processor,
-                settings.retrieval,
-                image_column=config.data.image_column,
-                captions=config.data.caption_columns,
-                limit=settings.limit,
-            )
-    accelerator.wait_for_everyone()
+    model, settings = distributed.module, config.evaluation
+    group = dist.group.WORLD if dist.is_initialized() else None
+    if settings.scenes:
+        scores |= evaluate_scenes(
+            model, processor, settings.scenes, split="validation", limit=settings.limit, group=group
+        )
+    if settings.retrieval:
+        scores |= evaluate_retrieval(
+            model,
+            processor,
+            settings.retrieval,
+            image_column=config.data.image_column,
+            captions=config.data.caption_columns,
+            limit=settings.limit,
+            group=group,
+        )
     return scores
 
 
