@@ -20,8 +20,8 @@ row = next(row for row in test if len(json.loads(row["scene"])["objects"]) == 1)
 print("The picture:", row["captions_en"][0], "|", row["captions_zh"][0])
 
 questions = {
-    "a picture of a {}": ["circle", "square", "triangle", "star", "heart", "diamond", "cross", "crescent"],
-    "一个{}的图片": ["圆形", "正方形", "三角形", "星星", "爱心", "菱形", "十字形", "月牙"],
+    "a picture of a {} shape": ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "black"],
+    "一个{}图形的图片": ["红色", "橙色", "黄色", "绿色", "青色", "蓝色", "紫色", "粉色", "棕色", "黑色"],
 }
 for template, labels in questions.items():
     answers = classify(row["image"], candidate_labels=labels, hypothesis_template=template)
