@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -11,11 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor, AutoTokenizer
 
 from modeling_m2encoder import (
@@ -89,15 +92,18 @@ def print_plan(config: PretrainConfig, accelerator: Accelerator) -> None:
         print(made)
 
 
-def claim_output_dir(config: PretrainConfig, accelerator: Accelerator, checkpoint: Checkpoint | None) -> None:
-    """Makes the run's folder and writes its settings.
+def claim_output_dir(config: PretrainConfig, accelerator: Accelerator, checkpoint: Checkpoint | None) -> IO[str] | None:
+    """Makes the run's folder, locks it and writes its settings.
 
     Args:
         checkpoint: what the run goes on from.
 
+    Returns:
+        On the main process what holds the lock until it is closed or the process ends, however it ends.
+
     Raises:
         ValueError: for a folder that holds a run already, unless this goes on from its checkpoint, or `resume` is
-            "auto" and the run died before its first checkpoint.
+            "auto" and the run died before its first checkpoint; or for one that a living process writes to.
     """
     output_dir = Path(config.output_dir)
     finished = (output_dir / "model").exists()
@@ -110,11 +116,35 @@ def claim_output_dir(config: PretrainConfig, accelerator: Accelerator, checkpoin
             f"{output_dir} already holds a run: choose another --output-dir, delete it, or go on from its newest "
             "checkpoint with --resume auto."
         )
+    lock = None
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
+        lock = _lock(output_dir / ".lock")
+    if not any(gather_object([lock is not None])):
+        raise ValueError(
+            f"Another process still writes to {output_dir}: end it first. (A torchrun that is killed outright leaves "
+            "its processes running.)"
+        )
+    if accelerator.is_main_process:
         text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
         (output_dir / "config.json").write_text(text + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
+    return lock
+
+
+def _lock(path: Path) -> IO[str] | None:
+    """The locked file; None if another process has it. Of this process alone: forked loaders do not keep it."""
+    file = path.open("w", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        # A file system without locks: better unguarded than not at all.
+    return file
 
 
 # ---- Processor and model

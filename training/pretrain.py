@@ -72,7 +72,7 @@ def pretrain(config: PretrainConfig) -> Path:
     start = checkpoint.step if checkpoint else 0
     if checkpoint:
         check_settings(checkpoint, settings)
-    claim_output_dir(config, accelerator, checkpoint)
+    lock = claim_output_dir(config, accelerator, checkpoint)
     set_seed(config.seed)
     processor = build_processor(config, source.captions, accelerator, checkpoint)
     phase, group = phase_at(phases, max(start, 1)), banks[0].make_group()
@@ -125,6 +125,8 @@ def pretrain(config: PretrainConfig) -> Path:
         export(whole, processor, folder)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if lock:
+        lock.close()
     return folder
 
 

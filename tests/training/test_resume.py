@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -178,34 +179,58 @@ def forgetful(config: PretrainConfig) -> None:
 
 def test_torchrun_killed_twice(data: Path, tmp_path: Path):
     """The whole group of torchrun, its two processes and their workers, at no particular moment."""
-    config = settings(data, "tar", tmp_path / "whole", steps=40, log_every=2)
+    config = settings(data, "tar", tmp_path / "whole", steps=24, log_every=2)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=1))
     expected = run(config, 2)
     config = dataclasses.replace(config, output_dir=str(tmp_path / "killed"))
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "training.pretrain"]
     words += ["nano_smoke", "--output-dir", config.output_dir, "--data.files", str(data / "tar")]
-    words += ["--data.neighbours", "1", "--data.shuffle-window", "7", "--data.num-workers", "1", "--steps", "40"]
+    words += ["--data.neighbours", "1", "--data.shuffle-window", "7", "--data.num-workers", "1", "--steps", "24"]
     words += ["--batch-size", "8", "--checkpoint.every", "3", "--resume", "auto", "--log-every", "2"]
     resumed_at = []
-    for until in (8, 20, 40):
+    for until in (6, 14, 24):
         process = subprocess.Popen(
             [sys.executable, *words],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
         )
-        if until < 40:
+        if until < 24:
             wait_for_step(Path(config.output_dir) / "log.jsonl", until, process)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_with_all_children(process)
             checkpoints = sorted((Path(config.output_dir) / "checkpoints").glob("step_*"))
             resumed_at.append(int(checkpoints[-1].name[5:]))
             assert resumed_at[-1] >= until - 3  # one interval at most is lost
         else:
             assert process.wait(timeout=300) == 0
     assert lines_of(config) == expected
+
+
+def test_a_run_that_still_lives_is_left_alone(data: Path, tmp_path: Path):
+    config = settings(data, "parquet", tmp_path / "run", steps=2)
+    program = f"import fcntl, time; file = open({str(tmp_path / 'run' / '.lock')!r}, 'w'); "
+    program += "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(600)"
+    (tmp_path / "run").mkdir()
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        try:
+            with pytest.raises(RuntimeError, match="2 of 2 ranks failed[^$]*Another process still writes to"):
+                run_distributed(train, 2, config, None, timeout=PATIENCE)
+        finally:
+            other.kill()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert len(run(config, 2)) == 2  # as soon as that one is gone
+
+
+def kill_with_all_children(process: subprocess.Popen) -> None:
+    """torchrun gives each process a session of its own: no group has them all, and on its own death none dies."""
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(everyone) >= 5  # torchrun, two ranks, and a worker of each
+    for one in everyone:
+        one.kill()
+    psutil.wait_procs(everyone, timeout=60)
+    process.wait()
 
 
 def wait_for_step(log: Path, step: int, process: subprocess.Popen) -> None:
