@@ -202,16 +202,6 @@ def share_layers(model: M2EncoderModel, mode: Sharing) -> None:
             layer.self_attn = original.self_attn
 
 
-def shared_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that stand at several depths, outermost only: what `fully_shard` has to wrap once and before their
-    parents, best with `reshard_after_forward=False`, or every use gathers them anew."""
-    places: dict[nn.Module | None, int] = defaultdict(int)
-    for module in model.modules():
-        for child in module._modules.values():  # `children()` would list a module once per parent
-            places[child] += 1
-    return [module for module in model.modules() if places[module] > 1]
-
-
 def delink(model: nn.Module, optimizer: Optimizer, fresh_model: nn.Module, fresh_optimizer: Optimizer) -> None:
     """Carries a run with shared layers over into an unshared model, which then computes the same function.
 

@@ -13,6 +13,7 @@ Of parameters, gradients and optimizer state every rank of n holds the whole und
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,10 +23,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 _ELEMENTARY = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm)  # one kernel, nothing to fuse
@@ -172,8 +173,8 @@ def distribute(
     heads that no loss uses.
 
     Args:
-        model: with `_no_split_modules`, the class names of its layers. Each layer becomes a unit of communication, and
-            the rest one more.
+        model: with `_no_split_modules`, the class names of its layers. Each layer becomes a unit of communication, so
+            does what several layers share, and the rest is one more.
         config: see `ShardingConfig`.
         device: where this rank computes.
         mixed_precision: `bf16` computes in bf16; parameters, gradients' reduction and optimizer stay in fp32.
@@ -201,15 +202,23 @@ def distribute(
 
 
 def _compile_parts(layers: list[nn.Module]) -> None:
-    """Compiles attention and feed-forward network of each layer, which all layers of a kind share.
+    """Compiles the attention and the feed-forward network of each layer; layers of a kind share the compiled code.
 
-    Not whole layers: each has its own rate of stochastic depth, a float for which torch.compile would compile it anew
-    (21 graphs for 2 + 2 layers, 33 for 4 + 4), until its limit of 8 leaves the rest uncompiled.
+    Not whole layers: the rate of stochastic depth is an argument of a layer's forward, another float at each depth, for
+    each of which torch.compile would compile it anew until its limit of 8 leaves the rest uncompiled.
     """
-    for layer in layers:
-        for part in layer.children():
-            if not isinstance(part, _ELEMENTARY):
-                part.forward = torch.compile(part.forward)
+    for part in dict.fromkeys(part for layer in layers for part in layer.children()):  # layers may share an attention
+        if not isinstance(part, _ELEMENTARY):
+            part.forward = torch.compile(part.forward)
+
+
+def shared_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that stand at several places of the model, outermost only."""
+    places: dict[nn.Module | None, int] = defaultdict(int)
+    for module in model.modules():
+        for child in module._modules.values():  # `children()` would list a module once per parent
+            places[child] += 1
+    return [module for module in model.modules() if places[module] > 1]
 
 
 def _replicate(model: nn.Module, device: torch.device, mixed_precision: str) -> nn.Module:
@@ -241,20 +250,42 @@ def _shard(
         # Reduced in fp32: hsdp's sums over micro-batches are kept in this dtype, and bf16 would cost 3e-3 of them.
         # Inputs stay as they are, for the pixels are also what CMIM predicts; the first layers cast them.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    weights = model.state_dict() if dist.get_rank() == 0 else {}
+    weights = {name: tensor.detach() for name, tensor in _named_tensors(model)} if dist.get_rank() == 0 else {}
     model.to("meta")
     settings = {"mesh": mesh, "mp_policy": policy}
-    for layer in layers:
-        fully_shard(layer, **settings, reshard_after_forward=shard_size if strategy == "hpz" else True)
+    # What several layers share comes first, as a unit of its own: as a part of each of them it would be sharded twice.
+    for unit in dict.fromkeys([*shared_modules(model), *layers]):
+        fully_shard(unit, **settings, reshard_after_forward=shard_size if strategy == "hpz" else True)
     # The rest also gives its whole parameters back after forward (by default it would not): `logit_scale` would
-    # otherwise be another tensor after an evaluation than before, and its gradient lost.
+    # otherwise be another tensor after an evaluation than before, and its gradient lost. So do shared units, although
+    # each use gathers them anew, just as often as layers that are not shared: checkpoints take the parameters by name.
     fully_shard(model, **settings, reshard_after_forward=True)
     model.to_empty(device=device)
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    _send_weights(model, weights, device)
     for name in ("get_text_features", "get_image_features"):
         if hasattr(model, name):
             _gather_for(model, name)
     return model
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, each under the first of its names."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@torch.no_grad()
+def _send_weights(model: nn.Module, weights: dict[str, Tensor], device: torch.device) -> None:
+    """Gives every rank its part of rank 0's `weights`, one tensor at a time.
+
+    Not torch's `set_model_state_dict`, for which each further name of a layer that serves several depths is missing.
+    """
+    for name, tensor in _named_tensors(model):
+        whole = weights[name].to(device) if weights else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if isinstance(tensor, DTensor):
+            tensor.copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements))
+        else:
+            dist.broadcast(whole, 0)
+            tensor.copy_(whole)
 
 
 def _gather_for(model: nn.Module, name: str) -> None:

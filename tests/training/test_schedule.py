@@ -1,11 +1,10 @@
 """Phases by hand; every switch keeps the function, the optimizer's next step is what it should be, and a run resumed
-inside any phase is the uninterrupted one; DDP and FSDP with shared layers equal one process."""
+inside any phase is the uninterrupted one; shared layers under every sharding strategy equal one process."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, AutoModelForPreTraining
 
 from modeling_m2encoder import M2EncoderConfig, M2EncoderForPreTraining, M2EncoderModel
-from modeling_m2encoder.modeling_m2encoder import M2EncoderLayer
 from tests.distributed import run_distributed
 from training.bank import MicroBatchOutput, banked_backward
 from training.losses import grouped_itc_loss
@@ -36,8 +32,8 @@ from training.schedule import (
     plan_banks,
     plan_phases,
     share_layers,
-    shared_modules,
 )
+from training.sharding import Distributed, ShardingConfig, distribute, shared_modules
 
 CONFIG = {
     "vocab_size": 60,
@@ -77,11 +73,7 @@ def make_batch(step: int, rows: int = 4, side: int = 32) -> dict[str, Tensor]:
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
     output = model(**batch, **kwargs)
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    scale = bare.logit_scale
-    return grouped_itc_loss(
-        output.image_embeds, output.text_embeds, scale.full_tensor() if isinstance(scale, DTensor) else scale
-    )
+    return grouped_itc_loss(output.image_embeds, output.text_embeds, model.logit_scale)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, **kwargs: Any) -> None:
@@ -523,69 +515,84 @@ def test_resumed_anywhere_is_the_uninterrupted_run():
 
 # ---- Several processes
 
-
-def wrap(model: nn.Module, strategy: str) -> nn.Module:
-    if strategy == "ddp":
-        return DistributedDataParallel(model)
-    for module in shared_modules(model):
-        fully_shard(module, reshard_after_forward=False)
-    for module in list(model.modules()):
-        if isinstance(module, M2EncoderLayer) and not isinstance(module, FSDPModule):
-            fully_shard(module)
-    return fully_shard(model)
+STRATEGIES = {"ddp": None, "fsdp": None, "hsdp": 2, "hpz": 2}  # with the ranks of a group
 
 
-def shared_then_delinked(wrapper: Callable[[nn.Module], nn.Module], rows: slice, mode: str) -> tuple[Any, Any]:
-    """Three shared steps and two delinked ones over the same 4 pairs; every parameter, and the losses at the switch."""
+def shared_then_delinked(strategy: str, mode: str, rows: slice) -> dict[str, Any]:
+    """Two shared steps and a delinked one over the same banks of 2 x 4 pairs. Every parameter at the switch and at
+    the end, the losses at the switch."""
 
-    def make(sharing: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def make(sharing: str, seed: int) -> tuple[Distributed, torch.optim.Optimizer]:
         model = build(seed=seed)
         share_layers(model, sharing)
-        model = wrapper(model)
+        config = ShardingConfig(strategy, STRATEGIES[strategy] if dist.is_initialized() else None)
+        # Recomputed activations in the processes only: one more thing that must not change anything.
+        distributed = distribute(model, config, device="cpu", gradient_checkpointing=dist.is_initialized())
         # LAMB's norms under sharding are tested with the optimizer. A large epsilon, or rounding decides the sign of
         # the steps of weights with no gradient to speak of.
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+        return distributed, torch.optim.AdamW(distributed.parameters, lr=1e-2, eps=1e-3)
 
-    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+    def bank(distributed: Distributed, step: int) -> Tensor:
+        def model_step(batch: dict[str, Tensor], _: bool) -> MicroBatchOutput:
+            output = distributed.model(**batch)
+            return MicroBatchOutput(output.image_embeds, output.text_embeds)
+
+        micro_batches = [{key: x[rows] for key, x in make_batch(10 * step + j).items()} for j in range(2)]
+        scale = distributed.module.logit_scale
+        return banked_backward(model_step, micro_batches, scale, retain=1, no_sync=distributed.no_sync)["loss"]
+
+    def steps(distributed: Distributed, optimizer: torch.optim.Optimizer, numbers: range) -> None:
         for step in numbers:
-            loss_of(model, {name: value[rows] for name, value in make_batch(step).items()}).backward()
+            bank(distributed, step)
             optimizer.step()
             optimizer.zero_grad()
 
-    model, optimizer = make(mode, 0)
-    steps(model, optimizer, range(3))
+    def values(distributed: Distributed) -> dict[str, np.ndarray]:
+        whole = {}
+        for name, parameter in distributed.module.named_parameters(remove_duplicate=False):
+            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            whole[name] = full.detach().numpy().copy()
+        return whole
+
+    shared, optimizer = make(mode, 0)
+    steps(shared, optimizer, range(2))
+    exported = {name: value.numpy().copy() for name, value in shared.full_state_dict().items()}
     fresh, fresh_optimizer = make("none", 1)
-    delink(model, optimizer, fresh, fresh_optimizer)
-    batch = {name: value[rows] for name, value in make_batch(7).items()}
-    with torch.no_grad():
-        losses = [loss_of(each, batch).item() for each in (model, fresh)]
-    steps(fresh, fresh_optimizer, range(3, 5))
-    whole = {}
-    for name, parameter in fresh.named_parameters():
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        whole[name.removeprefix("module.")] = full.detach().numpy()
-    return whole, losses
+    delink(shared.module, optimizer, fresh.module, fresh_optimizer)
+    seen = {"shared": values(shared), "exported": exported, "delinked": values(fresh)}
+    seen["losses"] = []
+    for distributed in (shared, fresh):
+        seen["losses"].append(bank(distributed, 7).item())
+        distributed.module.zero_grad()
+    steps(fresh, fresh_optimizer, range(2, 3))
+    return seen | {"end": values(fresh)}
 
 
-def in_one_of_two() -> dict[tuple[str, str], tuple[Any, Any]]:
+def on_one_of_four() -> dict[tuple[str, str], dict[str, Any]]:
     rank = dist.get_rank()
-    rows = slice(2 * rank, 2 * rank + 2)
-    cases = [(strategy, mode) for strategy in ("ddp", "fsdp") for mode in MODES]
-    return {case: shared_then_delinked(lambda model, case=case: wrap(model, case[0]), rows, case[1]) for case in cases}
+    return {
+        (strategy, mode): shared_then_delinked(strategy, mode, slice(rank, rank + 1))
+        for strategy in STRATEGIES
+        for mode in MODES
+    }
 
 
 @pytest.fixture(scope="module")
-def of_two_processes() -> list[dict[tuple[str, str], tuple[Any, Any]]]:
-    return run_distributed(in_one_of_two, 2, timeout=120)
+def of_four_processes() -> list[dict[tuple[str, str], dict[str, Any]]]:
+    return run_distributed(on_one_of_four, 4, timeout=500)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_equal_one(of_two_processes, strategy, mode):
-    expected, _ = shared_then_delinked(lambda model: model, slice(None), mode)
-    for results in of_two_processes:
-        whole, (before, after) = results[strategy, mode]
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_four_processes_equal_one(of_four_processes, strategy, mode):
+    expected = shared_then_delinked("ddp", mode, slice(None))
+    assert expected["exported"].keys() == build().state_dict().keys()  # the names of the ordinary model
+    for rank, seen in enumerate(results[strategy, mode] for results in of_four_processes):
+        before, after = seen["losses"]
         assert before == pytest.approx(after, rel=1e-12)
-        assert whole.keys() == expected.keys()
-        for name, value in whole.items():
-            np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-11, err_msg=name)
+        for stage in ("shared", "delinked", "end", *(["exported"] if rank == 0 else [])):
+            assert seen[stage].keys() == expected[stage].keys()
+            for name, value in seen[stage].items():
+                np.testing.assert_allclose(value, expected[stage][name], rtol=0, atol=1e-11, err_msg=f"{stage} {name}")
+        moved = max(np.abs(seen["end"][name] - value).max() for name, value in seen["delinked"].items())
+        assert moved > 1e-3

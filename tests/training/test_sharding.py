@@ -212,11 +212,13 @@ def frozen_case(strategy: str) -> list[dict[str, Tensor]]:
 def deferral_case(defer: bool) -> tuple[dict[str, Tensor], int]:
     """Gradients, and how often they were reduced across the groups of `hsdp`."""
     distributed = spread("hsdp", tiny())
-    across, all_reduce, count = distributed.module.logit_scale.device_mesh.get_group(0), dist.all_reduce, 0
+    # By its ranks: meshes that were made alike are equal, and each has communicators of its own.
+    across = dist.get_process_group_ranks(distributed.module.logit_scale.device_mesh.get_group(0))
+    all_reduce, count = dist.all_reduce, 0
 
     def counted(*arguments: Any, group: Any = None, **settings: Any) -> Any:
         nonlocal count
-        count += group == across
+        count += dist.get_process_group_ranks(group) == across
         return all_reduce(*arguments, group=group, **settings)
 
     dist.all_reduce = counted
