@@ -22,20 +22,18 @@ import tyro
 from training.plot import plot_runs
 from training.run_log import read_log
 
-# Each with B = 64 pairs of a micro-batch on each of n = 2 processes.
+# Each with B = 64 pairs of a micro-batch on each of n = 2 processes: N = 128, N = 64 (g = 1), N = 128 (g = 1, k = 2).
 GROUPINGS = {
-    "ITC (N = 128)": ["--batch-size", "128", "--steps", "{samples/128}"],
-    "Grouped-ITC (g = 1, N = 64)": ["--batch-size", "128", "--steps", "{samples/128}", "--itc.group-size", "1"],
-    "GBA-ITC (g = 1, k = 2, N = 128)": [
+    "ITC": ["--batch-size", "128", "--steps", "{samples/128}"],
+    "Grouped-ITC": ["--batch-size", "128", "--steps", "{samples/128}", "--itc.group-size", "1"],
+    "GBA-ITC": [
         *("--batch-size", "256", "--steps", "{samples/256}"),
         *("--itc.group-size", "1", "--itc.bank-steps", "2"),
     ],
 }
 OBJECTIVES = {
-    "ITC alone": ["--batch-size", "128"],
-    "ITC + 0.3 CMIM + 0.3 CMLM": [
-        *("--batch-size", "128", "--objective.cmlm-weight", "0.3", "--objective.cmim-weight", "0.3")
-    ],
+    "ITC-alone": ["--batch-size", "128"],
+    "full": [*("--batch-size", "128", "--objective.cmlm-weight", "0.3", "--objective.cmim-weight", "0.3")],
 }
 
 
