@@ -201,7 +201,7 @@ def test_parameter_traffic():
         ({"itc__bank_size": 1000}, {"world_size": 8, "gpus_per_node": 8}, "nearest bank_size"),
         ({"itc__retain": 3}, {"world_size": 8, "gpus_per_node": 8}, "retain"),
         ({"sharding__strategy": "hsdp", "sharding__shard_size": 3}, {"world_size": 8, "gpus_per_node": 8}, "2 and 4"),
-        ({"sharding__strategy": "hsdp"}, {"world_size": 8, "gpus_per_node": 8}, "In one single group that is fsdp"),
+        ({"sharding__strategy": "hsdp"}, {"world_size": 8, "gpus_per_node": 8}, "One single group is fsdp"),
         ({"size": "2B"}, {"world_size": 8, "gpus_per_node": 8}, "2B"),
     ],
 )
