@@ -15,7 +15,6 @@ Letters: n inputs, E embedding size.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import tyro
 from torch.nn import functional as F
 
 from .embed import Encoder
+from .files import write_text
 from .models import Adapter, load
 
 try:
@@ -173,11 +173,9 @@ def run_tasks(model: MtebModel, tasks: Sequence[Any], output: str | Path, *, bat
     for task in tasks:
         result = mteb.evaluate(model, task, cache=None, encode_kwargs={"batch_size": batch_size}, co2_tracker=False)
         (task_result,) = result.task_results
-        path = output / f"{task.metadata.name}.json"
-        beside = path.with_name(f".{os.getpid()}.{path.name}")
         document = {"model": model.adapter.describe(), **task_result.to_dict()}
-        beside.write_text(json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        text = json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n"
+        write_text(output / f"{task.metadata.name}.json", text)
         scores[task.metadata.name] = task_result.get_score()
         print(f"{task.metadata.name}: {scores[task.metadata.name]:.4f} ({task.metadata.main_score})")
     return scores

@@ -8,7 +8,6 @@ Queries may be in any language; Chinese needs a font that has Chinese characters
 from __future__ import annotations
 
 import importlib.util
-import os
 import textwrap
 import unicodedata
 from collections.abc import Sequence
@@ -19,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager
 from PIL import Image, ImageOps
+
+from .files import replaced
 
 if TYPE_CHECKING:
     from .data import Table
@@ -83,7 +84,8 @@ def retrieval_picture(
         for axis, image, found in zip(axes[row], table.images(best, image_column), best, strict=True):
             axis.imshow(ImageOps.pad(image.convert("RGB"), (PIXELS, PIXELS), Image.Resampling.LANCZOS, color=PAPER))
             axis.set_xlabel(f"{scores[row, found]:.3f}", color=SOFT, fontproperties=font, fontsize=9, labelpad=4)
-    _save(figure, Path(output))
+    with replaced(Path(output)) as beside:
+        figure.savefig(beside, dpi=DPI)
     return order.tolist()
 
 
@@ -141,11 +143,3 @@ def _wrap(text: str, columns: int = 26, lines: int = 5) -> str:
     wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
     per_line = columns // 2 if wide * 2 > len(text) else columns
     return "\n".join(textwrap.wrap(text, per_line, max_lines=lines, placeholder=" …"))
-
-
-def _save(figure: Figure, output: Path) -> None:
-    """Written beside, then renamed."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{os.getpid()}.{output.name}")
-    figure.savefig(beside, dpi=DPI)
-    os.replace(beside, output)
