@@ -93,10 +93,14 @@ def resize_like_pil(image: torch.Tensor, height: int, width: int) -> torch.Tenso
 
     torchvision's own filter is up to 27 grey levels away where it overshoots (2 in photos): PIL rounds and clips to
     8 bits between its two passes, has weights of 22 fractional bits, and since Pillow 13 begins with the rows where
-    those shrink more (observed on 13.0.0; python-pillow/Pillow#9549).
+    those shrink more (observed on 13.0.0; python-pillow/Pillow#9549), before it only in pictures more than 100 times
+    as high as wide (observed on 12.3.0).
     """
-    rows_shrink_more = image.shape[1] - height > max(0, 2 * (image.shape[2] - width))
-    rows_first = rows_shrink_more and int(pillow_version.split(".")[0]) >= 13
+    _, rows, columns = image.shape
+    if int(pillow_version.split(".")[0]) >= 13:
+        rows_first = rows - height > max(0, 2 * (columns - width))
+    else:
+        rows_first = height < rows and rows > 100 * columns
     if rows_first:
         image = _resample_rows(image, height)
     image = _resample_rows(image.transpose(1, 2), width).transpose(1, 2)
