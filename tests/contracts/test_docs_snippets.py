@@ -1,0 +1,181 @@
+"""Every snippet of README.md and docs/*.md runs, from top to bottom of each document (tests/snippets.py says how).
+
+A tiny model stands in the place of the trained and published ones, a dozen drawings in that of photos, and `SMALL` is
+appended to the commands, whose last setting wins. What cannot be run is listed in `NOT_RUN` with the reason; it is still
+read by the command's own parser.
+"""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+from PIL import ImageDraw
+
+from modeling_m2encoder.hub_folder import save_hub_folder
+from tests.snippets import Block, blocks, python
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+# Appended to a command that is run.
+SMALL = {
+    "training.scenes": "--twins 8 --train 40 --validation 8 --test 40 --task-size 8 --workers 1",
+    "training.tokenizer": "--vocab-size 200",
+    "training.pretrain nano": "--steps 2 --batch-size 8 --vocab-size 200 --optimizer.warmup-steps 0",
+    "docs/finetune_sentence_transformers.py": "--steps 1 --batch-size 4",
+    "eval run": "--limit 12",
+}
+# (document or "", beginning of the command) -> why it is parsed and no more.
+NOT_RUN = {
+    ("", "make"): "sets up environments; CI runs `make test`",
+    ("", "pip install"): "changes the environment",
+    ("", "sbatch"): "needs a SLURM cluster",
+    ("", "NODES="): "needs several hosts",
+    ("", "python -m conversion.convert"): "the published checkpoints are not at hand (tests/conversion converts others)",
+    ("README.md", "python -m eval run --models A,B"): "A and B are any two models",
+    ("README.md", "python -m eval compare A B"): "A and B are any two models",
+    ("docs/evaluation.md", "python -m eval run --models M2="): "downloads models and benchmarks",
+    ("docs/evaluation.md", "python -m eval run --models nano="): "asks for the 1,000 photos of Flickr8k-CN",
+    ("docs/evaluation.md", "python -m eval compare"): "compares models that were not run",
+    ("docs/evaluation.md", "python -m eval verify"): "needs the benchmarks' data",
+    ("docs/evaluation.md", "python -m eval build"): "needs COCO's annotations (tests/eval/build builds small ones)",
+    ("docs/fine_grained.md", "python -m eval"): "needs COCO's annotations (tests/eval/build builds small ones)",
+}
+# (document, words of a Python block) -> why it is compiled and no more.
+PYTHON_NOT_RUN = {
+    ("docs/evaluation.md", 'load_task("flickr8k-cn")'): "asks for the 1,000 photos of Flickr8k-CN",
+    ("docs/fine_grained.md", "from eval.build.probe"): "needs COCO's annotations",
+}
+# Wherever a document means a model folder that it has not made itself.
+MODELS = ("MODEL_DIR", "DIR", "m2-encoder-0.4B", "runs/nano/model", "runs/quickstart/nano/model")
+PHOTOS = ("photos", "photos_train", "photos_val", "photos-0", "captions", "labelled", "flickr8k_cn_train")
+PHOTOS += ("flickr8k_cn_val", "tiny_imagenet_train", "tiny_imagenet_held_out")
+COLOURS = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "white": "白色", "black": "黑色"}
+SHAPES = {"circle": ("圆形", "ellipse"), "square": ("方块", "rectangle")}
+
+
+def draw_photos(path: Path) -> None:
+    """Twelve drawings with captions in both languages and a label."""
+    rows: dict[str, list] = {"image": [], "label": [], "caption_en": [], "caption_zh": []}
+    for colour, chinese_colour in COLOURS.items():
+        for shape, (chinese_shape, draw) in SHAPES.items():
+            image = PILImage.new("RGB", (48, 40), "grey")
+            getattr(ImageDraw.Draw(image), draw)((10, 6, 36, 32), fill=colour)
+            rows["image"].append(image)
+            rows["label"].append(len(rows["label"]))
+            rows["caption_en"].append([f"a {colour} {shape}", f"one {shape}, {colour}"])
+            rows["caption_zh"].append([f"{chinese_colour}的{chinese_shape}"])
+    texts = List(Value("string"))
+    features = Features({"image": Image(), "label": Value("int64"), "caption_en": texts, "caption_zh": texts})
+    Dataset.from_dict(rows, features=features).to_parquet(path)
+
+
+@pytest.fixture(scope="module")
+def hub(config, processor, tmp_path_factory) -> Path:
+    from modeling_m2encoder import M2EncoderModel
+
+    torch.manual_seed(0)
+    return save_hub_folder(M2EncoderModel(config).eval(), processor, tmp_path_factory.mktemp("hub") / "model")
+
+
+@pytest.fixture
+def world(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a reader has: the clone's folders, models, photos."""
+    for name in ("training", "eval", "docs", "benchmarks", "model_cards", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in MODELS:
+        shutil.copytree(hub, tmp_path / name)
+    draw_photos(tmp_path / "photos.parquet")
+    for name in PHOTOS[1:]:
+        shutil.copy(tmp_path / "photos.parquet", tmp_path / f"{name}.parquet")
+    drawing = PILImage.new("RGB", (90, 70), "grey")
+    ImageDraw.Draw(drawing).ellipse((20, 10, 60, 50), fill="red")
+    for name in ("cat.jpg", "pokemon.jpeg", "photos/one.jpg", "photos/two.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        drawing.save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def reason_not_to_run(document: str, text: str, table: dict[tuple[str, str], str], *, anywhere: bool = False) -> str:
+    for (where, words), reason in table.items():
+        if where in ("", document) and (words in text if anywhere else text.startswith(words)):
+            return reason
+    return ""
+
+
+def do(document: str, command: str) -> None:
+    """Run a command of a document, or have it parsed."""
+    not_run = bool(reason_not_to_run(document, command, NOT_RUN))
+    words = shlex.split(command)
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    if words[0] == "make":
+        targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+        assert set(word for word in words[1:] if "=" not in word) <= set(targets), f"no such target: {command}"
+    elif words[:2] == ["pip", "install"]:
+        setup = configparser.ConfigParser()
+        setup.read(ROOT / "setup.cfg", encoding="utf-8")
+        asked = {extra.strip() for extras in re.findall(r"\[(.+?)\]", command) for extra in extras.split(",")}
+        assert asked <= set(setup["options.extras_require"]), f"no such extra: {command}"
+    elif words[0] in ("sbatch", "bash"):
+        script = next(index for index, word in enumerate(words) if word.endswith(".sh"))
+        assert (ROOT / words[script]).is_file(), f"no such script: {command}"
+        python(["-m", "training.pretrain", *words[script + 1 :]], only_parse=True)
+    elif words[0] == "torchrun":  # its own options are read, and one process started instead of several
+        from torch.distributed.run import parse_args
+
+        options = parse_args(words[1:])
+        assert options.module
+        python(["-m", options.training_script, *options.training_script_args, *small(words)], only_parse=not_run)
+    else:
+        assert words[0] == "python", f"{command}: teach tests/contracts/test_docs_snippets.py what this is"
+        python([*words[1:], *small(words)], only_parse=not_run)
+
+
+def small(words: list[str]) -> list[str]:
+    command = f"{shlex.join(words)} "
+    return [word for key, extra in SMALL.items() if f" {key} " in command for word in extra.split()]
+
+
+def run_python(document: str, block: Block, namespace: dict[str, object]) -> None:
+    code = compile("\n" * (block.line - 1) + block.text, document, "exec")  # tracebacks name the document's line
+    if not reason_not_to_run(document, block.text, PYTHON_NOT_RUN, anywhere=True):
+        exec(code, namespace)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_snippets_run(document: str, world: Path, capsys: pytest.CaptureFixture[str]):
+    if document == "README.md":  # it makes this folder itself; what stands in its place is not made of a checkpoint
+        shutil.rmtree(world / "runs" / "nano")
+    namespace: dict[str, object] = {"__name__": document}
+    for block in blocks(ROOT / document):
+        if block.language == "python":
+            run_python(document, block, namespace)
+        elif block.language == "bash":
+            for command in block.commands():
+                do(document, command)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!https?://|mailto:)([^)#]*)", text):
+        assert (ROOT / document).parent.joinpath(target).exists(), f"{document} links to {target}, which is not there"
+
+
+@pytest.mark.parametrize("table", [NOT_RUN, PYTHON_NOT_RUN], ids=["commands", "python"])
+def test_what_is_not_run_is_in_the_documents(table: dict[tuple[str, str], str]):
+    """No exception outlives the snippet that it was made for."""
+    for where, words in table:
+        documents = [where] if where else DOCUMENTS
+        texts = ["\n".join([block.text, *block.commands()]) for name in documents for block in blocks(ROOT / name)]
+        assert any(words in text for text in texts), f"{words!r} is in no snippet of {where or 'any document'}"
