@@ -2,10 +2,9 @@
 
 The convention for README.md and docs/*.md:
 
-- A document is read from top to bottom, in a fresh folder. ```` ```python ```` blocks share one namespace; in
-  ```` ```bash ```` blocks every line is one command (`\\` goes on in the next line, ` #` begins a comment). What a block
-  writes, the next one finds.
-- ```` ```console ```` shows commands behind `$ ` and what they print.
+- A document is read from top to bottom, in a fresh folder: what a block writes, the next one finds.
+- Blocks of `python` share one namespace. In those of `bash` every line is one command (a backslash goes on in the next
+  line, ` #` begins a comment). A block of `console` shows a command behind `$ ` and what it prints.
 - A fence without a language holds no commands.
 """
 
@@ -54,9 +53,7 @@ class Block:
 
 def blocks(document: Path) -> list[Block]:
     text = document.read_text(encoding="utf-8")
-    return [
-        Block(match[1], match[2], text.count("\n", 0, match.start(2)) + 1) for match in FENCE.finditer(text)
-    ]
+    return [Block(match[1], match[2], text.count("\n", 0, match.start(2)) + 1) for match in FENCE.finditer(text)]
 
 
 class Understood(BaseException):
@@ -66,8 +63,11 @@ class Understood(BaseException):
 @contextmanager
 def parsing_only() -> Iterator[None]:
     """Whoever parses a command line with argparse or tyro gets no further than that."""
-    patch = pytest.MonkeyPatch()
-    parse_args, cli = argparse.ArgumentParser.parse_args, tyro.cli
+    parse_args, cli, subcommand_cli = (
+        argparse.ArgumentParser.parse_args,
+        tyro.cli,
+        tyro.extras.subcommand_cli_from_dict,
+    )
 
     def parsed(parser: argparse.ArgumentParser, *args: Any, **settings: Any) -> None:
         parse_args(parser, *args, **settings)
@@ -79,9 +79,14 @@ def parsing_only() -> Iterator[None]:
         cli(target, *args, **settings)
         raise Understood
 
-    with patch.context() as patched:
+    def parsed_by_subcommand(*args: Any, **settings: Any) -> None:
+        subcommand_cli(*args, **settings)
+        raise Understood
+
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(argparse.ArgumentParser, "parse_args", parsed)
         patched.setattr(tyro, "cli", parsed_by_tyro)
+        patched.setattr(tyro.extras, "subcommand_cli_from_dict", parsed_by_subcommand)
         yield
 
 

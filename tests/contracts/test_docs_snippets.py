@@ -1,8 +1,8 @@
 """Every snippet of README.md and docs/*.md runs, from top to bottom of each document (tests/snippets.py says how).
 
 A tiny model stands in the place of the trained and published ones, a dozen drawings in that of photos, and `SMALL` is
-appended to the commands, whose last setting wins. What cannot be run is listed in `NOT_RUN` with the reason; it is still
-read by the command's own parser.
+appended to the commands, whose last setting wins. What cannot be run is listed in `NOT_RUN` with the reason; the
+command's own parser reads it all the same.
 """
 
 from __future__ import annotations
@@ -39,11 +39,15 @@ NOT_RUN = {
     ("", "pip install"): "changes the environment",
     ("", "sbatch"): "needs a SLURM cluster",
     ("", "NODES="): "needs several hosts",
-    ("", "python -m conversion.convert"): "the published checkpoints are not at hand (tests/conversion converts others)",
+    (
+        "",
+        "python -m conversion.convert",
+    ): "the published checkpoints are not at hand (tests/conversion converts others)",
     ("README.md", "python -m eval run --models A,B"): "A and B are any two models",
     ("README.md", "python -m eval compare A B"): "A and B are any two models",
     ("docs/evaluation.md", "python -m eval run --models M2="): "downloads models and benchmarks",
     ("docs/evaluation.md", "python -m eval run --models nano="): "asks for the 1,000 photos of Flickr8k-CN",
+    ("docs/evaluation.md", "python -m eval report"): "reports what was not run",
     ("docs/evaluation.md", "python -m eval compare"): "compares models that were not run",
     ("docs/evaluation.md", "python -m eval verify"): "needs the benchmarks' data",
     ("docs/evaluation.md", "python -m eval build"): "needs COCO's annotations (tests/eval/build builds small ones)",
@@ -56,14 +60,27 @@ PYTHON_NOT_RUN = {
 }
 # Wherever a document means a model folder that it has not made itself.
 MODELS = ("MODEL_DIR", "DIR", "m2-encoder-0.4B", "runs/nano/model", "runs/quickstart/nano/model")
-PHOTOS = ("photos", "photos_train", "photos_val", "photos-0", "captions", "labelled", "flickr8k_cn_train")
-PHOTOS += ("flickr8k_cn_val", "tiny_imagenet_train", "tiny_imagenet_held_out")
+# What a document makes itself.
+MADE = {"README.md": ["runs/nano"], "docs/export.md": ["DIR"]}
+CLASSES = ("labelled", "tiny_imagenet_train", "tiny_imagenet_held_out")
+PHOTOS = (
+    "photos",
+    "photos_train",
+    "photos_val",
+    "photos-0",
+    "captions",
+    "flickr8k_cn_train",
+    "flickr8k_cn_val",
+    *CLASSES,
+)
 COLOURS = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "white": "白色", "black": "黑色"}
 SHAPES = {"circle": ("圆形", "ellipse"), "square": ("方块", "rectangle")}
 
+TYPED = re.compile(r"^(\$ |python3? |pip |make |torchrun |accelerate |bash |sbatch |curl )", re.MULTILINE)
 
-def draw_photos(path: Path) -> None:
-    """Twelve drawings with captions in both languages and a label."""
+
+def draw_photos(path: Path, *, names: bool = False) -> None:
+    """Twelve drawings with a label and captions in both languages, or with the names of their classes."""
     rows: dict[str, list] = {"image": [], "label": [], "caption_en": [], "caption_zh": []}
     for colour, chinese_colour in COLOURS.items():
         for shape, (chinese_shape, draw) in SHAPES.items():
@@ -71,9 +88,10 @@ def draw_photos(path: Path) -> None:
             getattr(ImageDraw.Draw(image), draw)((10, 6, 36, 32), fill=colour)
             rows["image"].append(image)
             rows["label"].append(len(rows["label"]))
-            rows["caption_en"].append([f"a {colour} {shape}", f"one {shape}, {colour}"])
-            rows["caption_zh"].append([f"{chinese_colour}的{chinese_shape}"])
-    texts = List(Value("string"))
+            english, chinese = f"{colour} {shape}", f"{chinese_colour}的{chinese_shape}"
+            rows["caption_en"].append(english if names else [f"a {english}", f"one {english}"])
+            rows["caption_zh"].append(chinese if names else [chinese])
+    texts = Value("string") if names else List(Value("string"))
     features = Features({"image": Image(), "label": Value("int64"), "caption_en": texts, "caption_zh": texts})
     Dataset.from_dict(rows, features=features).to_parquet(path)
 
@@ -93,9 +111,8 @@ def world(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     for name in MODELS:
         shutil.copytree(hub, tmp_path / name)
-    draw_photos(tmp_path / "photos.parquet")
-    for name in PHOTOS[1:]:
-        shutil.copy(tmp_path / "photos.parquet", tmp_path / f"{name}.parquet")
+    for name in PHOTOS:
+        draw_photos(tmp_path / f"{name}.parquet", names=name in CLASSES)
     drawing = PILImage.new("RGB", (90, 70), "grey")
     ImageDraw.Draw(drawing).ellipse((20, 10, 60, 50), fill="red")
     for name in ("cat.jpg", "pokemon.jpeg", "photos/one.jpg", "photos/two.png"):
@@ -129,7 +146,7 @@ def do(document: str, command: str) -> None:
     elif words[0] in ("sbatch", "bash"):
         script = next(index for index, word in enumerate(words) if word.endswith(".sh"))
         assert (ROOT / words[script]).is_file(), f"no such script: {command}"
-        python(["-m", "training.pretrain", *words[script + 1 :]], only_parse=True)
+        python(["-m", "training.pretrain", *with_files(words[script + 1 :])], only_parse=True)
     elif words[0] == "torchrun":  # its own options are read, and one process started instead of several
         from torch.distributed.run import parse_args
 
@@ -139,6 +156,11 @@ def do(document: str, command: str) -> None:
     else:
         assert words[0] == "python", f"{command}: teach tests/contracts/test_docs_snippets.py what this is"
         python([*words[1:], *small(words)], only_parse=not_run)
+
+
+def with_files(words: list[str]) -> list[str]:
+    """As training/launch/node.sh replaces @FILE."""
+    return [part for word in words for part in ((ROOT / word[1:]).read_text().split() if word[0] == "@" else [word])]
 
 
 def small(words: list[str]) -> list[str]:
@@ -154,8 +176,8 @@ def run_python(document: str, block: Block, namespace: dict[str, object]) -> Non
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_snippets_run(document: str, world: Path, capsys: pytest.CaptureFixture[str]):
-    if document == "README.md":  # it makes this folder itself; what stands in its place is not made of a checkpoint
-        shutil.rmtree(world / "runs" / "nano")
+    for name in MADE.get(document, ()):
+        shutil.rmtree(world / name)
     namespace: dict[str, object] = {"__name__": document}
     for block in blocks(ROOT / document):
         if block.language == "python":
@@ -163,6 +185,23 @@ def test_snippets_run(document: str, world: Path, capsys: pytest.CaptureFixture[
         elif block.language == "bash":
             for command in block.commands():
                 do(document, command)
+        elif block.language == "console":
+            (command,) = block.commands()
+            shown = prints(shlex.split(command), capsys)
+            assert shown.strip() == block.output().strip(), f"{document}:{block.line} shows another output"
+        elif block.language == "":
+            assert not TYPED.search(block.text), f"{document}:{block.line}: a fence with commands must say bash"
+
+
+def prints(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command prints, its words of refusal included."""
+    capsys.readouterr()
+    try:
+        python(words[1:])
+        refusal = ""
+    except AssertionError as error:
+        refusal = str(error).partition(" ended with ")[2]
+    return refusal + capsys.readouterr().out
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
