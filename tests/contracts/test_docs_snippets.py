@@ -19,8 +19,10 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
+from modeling_m2encoder import M2EncoderModel
 from modeling_m2encoder.hub_folder import save_hub_folder
 from tests.snippets import Block, blocks, python
+from training.scenes import ScenesConfig, write_scenes
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -98,19 +100,26 @@ def draw_photos(path: Path, *, names: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def hub(config, processor, tmp_path_factory) -> Path:
-    from modeling_m2encoder import M2EncoderModel
-
     torch.manual_seed(0)
     return save_hub_folder(M2EncoderModel(config).eval(), processor, tmp_path_factory.mktemp("hub") / "model")
 
 
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    sizes = {"twins": 8, "train": 8, "validation": 8, "test": 40, "task_size": 8, "workers": 1}
+    write_scenes(folder, ScenesConfig(**sizes))
+    return folder
+
+
 @pytest.fixture
-def world(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a reader has: the clone's folders, models, photos."""
+def world(hub: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a reader has: the clone's folders, models, scenes, photos."""
     for name in ("training", "eval", "docs", "benchmarks", "model_cards", "Makefile"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in MODELS:
         shutil.copytree(hub, tmp_path / name)
+    shutil.copytree(scenes, tmp_path / "SCENES_DIR")
     for name in PHOTOS:
         draw_photos(tmp_path / f"{name}.parquet", names=name in CLASSES)
     drawing = PILImage.new("RGB", (90, 70), "grey")
