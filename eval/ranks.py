@@ -36,8 +36,8 @@ ROUNDING_CONSTANT = 8.0
 # takes half the time there (0.86 instead of 1.78 s for 5,000 x 25,000 x 768 on one thread of an EPYC, torch 2.13).
 ONEDNN_LINEAR = "_linear_pointwise"
 
-# fp64 copies of this many pairs of rows are made at a time: about 100 MB at d = 1024.
-PAIRS_AT_ONCE = 4096
+# fp64 copies of this many pairs of rows are made at a time: what a core's own cache holds.
+PAIRS_AT_ONCE = 128
 
 Ties = Literal["expected", "optimistic", "pessimistic"]
 
@@ -132,7 +132,7 @@ def retrieval_ranks(
     text_embeds: torch.Tensor | np.ndarray,
     text_to_image: torch.Tensor | np.ndarray,
     *,
-    tile: int = 2048,
+    tile: int = 1024,
 ) -> RetrievalRanks:
     """Rank every image for every text and every text for every image by their dot product.
 
@@ -144,7 +144,7 @@ def retrieval_ranks(
             in [0, M) and an image in [0, N) that are right for each other, of which a text may have several or none
             (`text_equal_pairs`, `distinct_texts`). Pairs that are repeated count once.
         tile: rows and columns of the score blocks; memory beside the embeddings is O(tile^2 + P). The result is the
-            same for every value.
+            same for every value. The default suits a CPU's last-level cache.
 
     Returns:
         The counts on the CPU. Scores closer than fp64 rounding (about 1e-14 of the largest) are ties, so repeated rows
@@ -161,14 +161,14 @@ def retrieval_ranks(
     # `tiny` covers products that fp32 flushes to zero.
     margin = rounding * 2.0**-24 + torch.finfo(torch.float32).tiny
     counts = _Counts(images, texts, pairs, tie=rounding * 2.0**-53, margin=margin)
-    buffers = torch.empty(3, min(tile, len(texts)) * min(tile, len(images)), device=images.device)
+    buffers = torch.empty(2, min(tile, len(texts)) * min(tile, len(images)), device=images.device)
     with _full_fp32():
         fp32_images = images.float().contiguous()
         for row in range(0, len(texts), tile):
             block = texts[row : row + tile].float().contiguous()
             for column in range(0, len(images), tile):
                 part = fp32_images[column : column + tile]
-                scores, *work = (buffer[: len(block) * len(part)].view(len(block), len(part)) for buffer in buffers)
+                scores, work = (buffer[: len(block) * len(part)].view(len(block), len(part)) for buffer in buffers)
                 counts.add(_product(block, part, scores), row, column, work)
     return counts.result()
 
@@ -276,33 +276,40 @@ class _Counts:
         self.text_right = _Right(scores, self.pair_text, len(texts), tie)
         self.image_right = _Right(scores, self.pair_image, len(images), tie)
 
-    def add(self, scores: torch.Tensor, row: int, column: int, work: list[torch.Tensor]) -> None:
-        """Count one tile: `scores` of texts row.. against images column.., with two float buffers of its shape."""
+    def add(self, scores: torch.Tensor, row: int, column: int, work: torch.Tensor) -> None:
+        """Count one tile: `scores` of texts row.. against images column.., with a float buffer of its shape."""
         rows, columns = slice(row, row + scores.shape[0]), slice(column, column + scores.shape[1])
-        texts, images = self.texts[rows], self.images[columns]
         edges = torch.tensor([rows.start, rows.stop], device=self.pair_text.device)
         first, last = torch.searchsorted(self.pair_text, edges).tolist()
         text, image = self.pair_text[first:last] - row, self.pair_image[first:last] - column
-        inside = (image >= 0) & (image < len(images))
+        inside = (image >= 0) & (image < scores.shape[1])
         # A right answer competes with wrong ones only.
         scores[text[inside], image[inside]] = -math.inf
+        self._count(scores, self.text_right, rows, columns, 1, work)
+        self._count(scores, self.image_right, columns, rows, 0, work)
 
-        for axis, right, part in ((1, self.text_right, rows), (0, self.image_right, columns)):
-            best = right.best[part]
-            above, text, image = self._compare(scores, best.unsqueeze(axis), axis, work)
-            kept = (text, image)[1 - axis]
-            distance = _exact_tile_scores(texts, images, text, image) - best[kept]
-            right.greater[part] += above.index_add_(0, kept, (distance > self.tie).long())
-            right.equal[part] += torch.zeros_like(above).index_add_(0, kept, (distance.abs() <= self.tie).long())
-
-    def _compare(
-        self, scores: torch.Tensor, right: torch.Tensor, axis: int, work: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """How many scores along `axis` are above `right` for certain, and the (text, image) pairs that are in doubt."""
-        # Comparisons go into float buffers: summing those is ten times faster on the CPU than summing booleans.
-        above = torch.gt(scores, (right + self.margin).float(), out=work[0])
-        near = torch.ge(scores, (right - self.margin).float(), out=work[1]).sub_(above)
-        return above.sum(axis).long(), *_nonzero(near)
+    def _count(
+        self, scores: torch.Tensor, right: _Right, queries: slice, gallery: slice, axis: int, work: torch.Tensor
+    ) -> None:
+        """One direction of a tile: the gallery lies along `axis`, one query per line of the other."""
+        best = right.best[queries]
+        high, low = (best + self.margin).float().unsqueeze(axis), (best - self.margin).float().unsqueeze(axis)
+        # Comparisons go into a float buffer: summing that is ten times faster on the CPU than summing booleans.
+        above = torch.gt(scores, high, out=work).sum(axis)
+        right.greater[queries] += above.long()
+        # What is neither above for certain nor below is in doubt: in few lines, if any, and only those are searched.
+        lines = (torch.ge(scores, low, out=work).sum(axis) != above).nonzero().flatten()
+        if not len(lines):
+            return
+        part = scores.index_select(1 - axis, lines)
+        limits = [limit.index_select(1 - axis, lines) for limit in (low, high)]
+        where = list(_nonzero((part >= limits[0]) & (part <= limits[1])))
+        where[1 - axis] = query = lines[where[1 - axis]]
+        text, image = (queries, gallery) if axis else (gallery, queries)
+        scored = _exact_tile_scores(self.texts[text], self.images[image], *where)
+        distance = scored - best[query]
+        right.greater[queries].index_add_(0, query, (distance > self.tie).long())
+        right.equal[queries].index_add_(0, query, (distance.abs() <= self.tie).long())
 
     def result(self) -> RetrievalRanks:
         image, text = self.image_right, self.text_right
@@ -406,13 +413,18 @@ def _checked(
             raise ValueError(f"{name} embeddings must be a floating [rows, d] matrix, not {seen}.")
         if not embeds.numel():
             raise ValueError(f"There are no {name} embeddings to rank: {list(embeds.shape)}.")
+        at_least_fp32 = torch.promote_types(embeds.dtype, torch.float32)
+        largest.append(torch.linalg.vector_norm(embeds, dim=1, dtype=at_least_fp32).amax().item())
+        if 1e-15 < largest[-1] < 1e15:
+            continue
+        # Squares may have left the range of fp32, if these are numbers at all.
         norms = torch.linalg.vector_norm(embeds, dim=1, dtype=torch.float64)
         bad = (~norms.isfinite()).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
                 f"{len(bad)} of {len(embeds)} {name} embeddings hold NaN or infinity, the first in row {bad[0]}."
             )
-        largest.append(norms.amax().item())
+        largest[-1] = norms.amax().item()
     if images.shape[1] != texts.shape[1]:
         raise ValueError(
             f"Images have {images.shape[1]} dimensions and texts {texts.shape[1]}: not one embedding space."
