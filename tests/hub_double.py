@@ -90,7 +90,7 @@ class HubDouble:
         return [path for seen, path in self.log if seen == method and re.search(pattern, path)]
 
     def environment(self, home: Path, token: str | None = "hf_dummy", **more: str) -> dict[str, str]:
-        """For a process that is to see this Hub and nothing else: caches of its own below `home`, and a token or none."""
+        """For a process that is to see this Hub and nothing else; its caches lie below `home`."""
         proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
         ours = ("HF_", "HUGGING", "TRANSFORMERS_")
         kept = {
