@@ -39,6 +39,7 @@ import ssl
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from io import BytesIO
@@ -124,7 +125,9 @@ class EndpointHandler:
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True, backend="pil")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = AutoModel.from_pretrained(path, trust_remote_code=True).eval().to(self.device)
-        self._slots = threading.BoundedSemaphore(self.limits.concurrency)
+        # Requests come in any number of threads, but are computed in these: memory that a thread once used for a large
+        # picture stays with that thread (glibc keeps it for its next allocation), so there must not be many.
+        self._workers = ThreadPoolExecutor(self.limits.concurrency, "handler")
         # Fast tokenizers change their padding in place: "Already borrowed" when two threads do it.
         self._tokenizer = threading.Lock()
         # The same labels come with every request of an application. A whole set is kept, so that its embeddings do not
@@ -140,10 +143,8 @@ class EndpointHandler:
         inputs, parameters = _split(data)
         many = isinstance(inputs, (list, tuple))
         items = self._read_all(inputs if many else [inputs])
-        if "candidate_labels" in parameters:
-            answers = self._classify(items, **parameters)
-        else:
-            answers = self._embed(items, **parameters)
+        answer = self._classify if "candidate_labels" in parameters else self._embed
+        answers = self._workers.submit(answer, items, **parameters).result()
         return answers if many else answers[0]
 
     # ---- Answers ---------------------------------------------------------------------------------------------------
@@ -162,11 +163,10 @@ class EndpointHandler:
         texts = [i for i, item in enumerate(items) if isinstance(item, str)]
         images = [i for i, item in enumerate(items) if not isinstance(item, str)]
         found = torch.empty(len(items), width)
-        with self._slots:
-            if texts:
-                found[texts] = self._embed_texts(tuple(items[i] for i in texts))
-            if images:
-                found[images] = self._embed_images([items[i] for i in images])
+        if texts:
+            found[texts] = self._embed_texts(tuple(items[i] for i in texts))
+        if images:
+            found[images] = self._embed_images([items[i] for i in images])
         found = found[:, :dimensions]
         return (F.normalize(found, dim=-1) if normalize else found).tolist()
 
@@ -190,9 +190,8 @@ class EndpointHandler:
             raise RequestError('hypothesis_template must have one place for the label, "{}", as in "一张{}的照片".')
         # Not str.format: "{:>999999999}" is a template too.
         prompts = tuple(template.replace("{}", label) for label in labels)
-        with self._slots:
-            texts = F.normalize(self._prompts(prompts), dim=-1)
-            images = F.normalize(self._embed_images(items), dim=-1)
+        texts = F.normalize(self._prompts(prompts), dim=-1)
+        images = F.normalize(self._embed_images(items), dim=-1)
         scale = self.model.logit_scale.detach().float().exp().cpu()
         probabilities, order = (scale * images @ texts.T).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         return [
@@ -215,7 +214,7 @@ class EndpointHandler:
         """[B, E] float32 on the CPU, not normalised. One image at a time is in memory at its full size."""
         pixels, found = [], []
         for number, image in enumerate(images, start=1):
-            pixels.append(self.processor(images=[self._decode(image)], return_tensors="pt")["pixel_values"])
+            pixels.append(self._pixels(image))
             if len(pixels) == CHUNK or number == len(images):
                 batch = torch.cat(pixels).to(self.device, self.model.dtype)
                 found.append(self.model.get_image_features(batch).pooler_output.float().cpu())
@@ -268,7 +267,7 @@ class EndpointHandler:
 
     def _labels(self, labels: Any) -> list[str]:
         if isinstance(labels, str):  # a query string has no lists
-            labels = [label.strip() for label in re.split("[,,、]", labels[: self.limits.max_characters + 1])]
+            labels = [label.strip() for label in re.split("[,,、]", self._text(labels, "candidate_labels"))]
         if not isinstance(labels, (list, tuple)) or not labels:
             raise RequestError(f"candidate_labels must be a list of texts, not {_seen(labels)}.")
         if len(labels) > self.limits.max_texts:
@@ -300,17 +299,26 @@ class EndpointHandler:
             raise RequestError(f"{_seen(url)} is a URL, and nothing is fetched here: send the image itself, as base64.")
         return fetch(url, self.limits.max_image_bytes, self.limits.url_seconds)
 
-    def _decode(self, image: Image.Image | bytes) -> Image.Image:
-        """Upright, as the transformers pipeline reads it: cameras leave the turning to the reader. Of an animation the
-        first picture."""
+    def _pixels(self, image: Image.Image | bytes) -> torch.Tensor:
+        """`pixel_values` [1, 3, H, W] of the picture, turned upright as in the transformers pipeline: cameras leave
+        that to the reader. Of an animation the first picture."""
         try:
-            if isinstance(image, bytes):
-                image = Image.open(BytesIO(image), formats=_formats())
-            width, height = image.size
+            opened = Image.open(BytesIO(image), formats=_formats()) if isinstance(image, bytes) else image
+            width, height = opened.size
             if width * height > self.limits.max_pixels:
                 raise _too_many_pixels(f"{width} x {height}", self.limits.max_pixels)
-            image.load()
-            return ImageOps.exif_transpose(image)
+            opened.load()
+            if opened is image:
+                opened = ImageOps.exif_transpose(opened)  # the caller's own stays as it is
+            else:
+                ImageOps.exif_transpose(opened, in_place=True)
+            # The processor knows what 16 bits and floats mean. All others it would make RGB and resize as is done here,
+            # with four copies of the picture at its full size on the way.
+            if opened.mode not in ("I", "F") and not opened.mode.startswith("I;16"):
+                settings = self.processor.image_processor
+                size = (settings.size["width"], settings.size["height"])
+                opened = opened.convert("RGB").resize(size, settings.resample)
+            return self.processor(images=[opened], return_tensors="pt")["pixel_values"]
         except (RequestError, MemoryError):
             raise
         except Image.DecompressionBombError as error:
@@ -319,7 +327,7 @@ class EndpointHandler:
             raise RequestError(f"Not an image in a known format ({', '.join(FORMATS)}).", 415) from error
         # PIL's plug-ins raise anything on damaged data: OSError, SyntaxError, struct.error, zlib.error, IndexError, ...
         except Exception as error:
-            raise RequestError(f"The image is damaged: {str(error)[:200] or type(error).__name__}.") from error
+            raise RequestError(f"The image cannot be read: {str(error)[:200] or type(error).__name__}.") from error
 
 
 def fetch(url: str, most: int, seconds: float) -> bytes:
@@ -335,7 +343,9 @@ def fetch(url: str, most: int, seconds: float) -> bytes:
     try:
         parts = urlsplit(url)
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        host = parts.hostname or ""
+        host = parts.hostname
+        if not host:
+            raise ValueError("a URL without a host")
         addresses = [place[0] for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         if not all(_is_public(address) for address in addresses):
             raise RequestError(f"{_seen(host)} is not a public address.")
