@@ -6,6 +6,8 @@
     FOLDER/NAME-FINGERPRINT/model.json            what the model says of itself (`Adapter.describe`)
     FOLDER/NAME-FINGERPRINT/image-*.safetensors   shards: `keys` uint8 [n, 16] and `embeds` fp32 [n, E]
     FOLDER/NAME-FINGERPRINT/text-*.safetensors
+    FOLDER/models/KEY.json                        the same of a model that is known by its files
+    FOLDER/scores/STAMP.json, .npz                finished scores (`eval.stamps.KeptScores`)
 
 The fingerprint covers weights, dtype, preprocessing and library versions, and an item's key is a hash of the bytes of
 its image file or of its text. So nothing has to be declared: a changed revision, file or setting is another key, and
@@ -19,7 +21,6 @@ Letters: n items, E embedding size.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import warnings
@@ -31,6 +32,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from .files import read_json, write_json
 
 Kind = Literal["image", "text"]
 
@@ -62,14 +65,27 @@ class Cache:
         name = re.sub(r"[^\w.-]+", "--", str(description["name"])).strip("-.")[-60:] or "model"
         folder = self.folder / f"{name}-{description['fingerprint'][:16]}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-            beside = folder / f".{os.getpid()}.model.json"
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, folder / "model.json")
-        except OSError as error:
-            raise ValueError(f"The cache folder {self.folder} cannot be written: {error}.") from error
+            write_json(folder / "model.json", description)
+        except ValueError as error:
+            raise ValueError(f"The cache folder {self.folder} cannot be written: {error}") from error
         return Store(folder)
+
+    def description(self, key: str) -> dict[str, Any] | None:
+        """What a model of this key said of itself, if it was loaded once; None if not, or if the file is damaged."""
+        path = self.folder / "models" / f"{key}.json"
+        try:
+            found = read_json(path) if path.is_file() else None
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) and {"name", "fingerprint"} <= found.keys() else None
+
+    def describe(self, key: str, description: dict[str, Any]) -> None:
+        """Keep what a model says of itself for `description`.
+
+        Raises:
+            ValueError: if it cannot be written.
+        """
+        write_json(self.folder / "models" / f"{key}.json", description)
 
 
 class Store:

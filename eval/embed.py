@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,11 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from modeling_m2encoder.image_processing_m2encoder import to_rgb
-
 from .cache import Cache, Kind, Store, item_key
 from .data import Table
-from .models import Adapter
+
+if TYPE_CHECKING:
+    from .models import Adapter
 
 # Items per shard of the cache: what a killed process loses at most.
 SHARD = 1024
@@ -312,6 +312,9 @@ def _contents(table: Table, column: str, rows: Sequence[int]) -> list[bytes]:
 def _decode(table: Table, column: str, rows: Sequence[int], bad: dict[int, str]) -> list[Image.Image]:
     """The images of some rows in RGB. One that cannot be read is put into `bad` and replaced by a blank one, so that
     batches keep their shape."""
+    # Here, since it takes transformers with it, and a run whose embeddings are all in the cache decodes nothing.
+    from modeling_m2encoder.image_processing_m2encoder import to_rgb
+
     images = []
     for row in rows:
         try:

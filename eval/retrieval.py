@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from .data import Source, Table, caption_list, open_data, open_table
 from .embed import Encoder
-from .models import adapt
 from .ranks import RECALL_AT, RetrievalRanks, distinct_texts, retrieval_ranks, text_equal_pairs
 from .results import Benchmark, Score
 from .stats import Sample, retrieval_sample
@@ -61,6 +60,8 @@ def evaluate_retrieval(
         group: the processes that share the embedding: each of them makes this call with the same arguments, and each
             gets the result. None: this process works alone.
     """
+    from .models import adapt
+
     encoder = Encoder(adapt(model, processor), batch_size=batch_size, group=group)
     return score_retrieval(encoder, files, captions=captions, image_column=image_column, limit=limit).flat()
 

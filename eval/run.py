@@ -5,14 +5,12 @@
     OUTPUT/embeddings/                     the cache, unless --cache names another folder
     OUTPUT/results.json                    all of the scores
 
-A piece of work is done if its stamp (task file, data, model, settings) is that of now. Stamps hold names, sizes and
-times of files, so that a run with nothing to do reads no weights and imports no torch.
+A piece of work is done if its stamp is that of now (see stamps.py), so that a run with nothing to do reads no weights
+and imports no torch. A folder given with --cache keeps the finished scores too: a run into a new output finds them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import glob
 import sys
 import time
 import traceback
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import read_json, replaced, slug, write_json
+from .stamps import KeptScores, is_done, model_stamp, stamp
 from .systems import systems
 from .tasks import Task
 
@@ -29,9 +28,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from .embed import Encoder
-
-# Of the score files; raise it when the meaning of a number changes.
-FORMAT = 1
+    from .models import Adapter
 
 
 @dataclass(frozen=True)
@@ -94,10 +91,16 @@ def run(
     named = _named(models, output)
     _check(tasks, output, settings)
     lead = group is None or _rank(group) == 0
+    shared = KeptScores(Path(settings.cache).expanduser() / "scores") if settings.cache else None
     failures: list[Failure] = []
     for model, (place, revision) in named.items():
         stamps = {task.name: stamp(place, task, settings, revision) for task in tasks}
-        kept = {task.name for task in tasks if _is_done(output, model, task, stamps[task.name])}
+        folder = output / "scores" / slug(model)
+        kept = {
+            name
+            for name, now in (stamps.items() if lead else ())
+            if is_done(folder, name, now) or (shared is not None and shared.take(folder, name, model, now))
+        }
         kept = _agreed(kept, group)
         open_tasks = [task for task in tasks if task.name not in kept]
         for name in sorted(kept) if lead else ():
@@ -108,6 +111,8 @@ def run(
         for task in open_tasks:
             started = time.perf_counter()
             error = encoder if isinstance(encoder, str) else _work(encoder, task, output, model, stamps, settings, lead)
+            if error is None and shared is not None and lead:
+                shared.keep(folder, task.name, stamps[task.name])
             took = time.perf_counter() - started
             if lead and not isinstance(encoder, str):
                 say(
@@ -123,26 +128,6 @@ def run(
                     _path(output, model, task, "failed.json"), {"model": model, "task": task.name, "error": error}
                 )
     return failures
-
-
-def stamp(model: str, task: Task, settings: Settings, revision: str | None = None) -> dict[str, Any]:
-    """What a score depends on, as JSON: equal stamps mean that it need not be computed again."""
-    about = dataclasses.asdict(task)
-    for entry in ("published", "notes", "title"):
-        del about[entry]
-    source = settings.source(task)
-    sources = [source] if isinstance(source, str | Path) else list(source or ())
-    ran = ("limit", "dtype", "autocast", "text_rule")
-    document = {
-        "format": FORMAT,
-        "task": about,
-        "data": [_files_state(Path(one)) for one in sources],
-        # The weights lie in the folder itself; what lies below it may be our own output.
-        "model": _files_state(Path(model).expanduser(), below=False) or model,
-        "revision": revision,
-        "settings": {name: getattr(settings, name) for name in ran},
-    }
-    return _plain(document)
 
 
 def collect(output: Path) -> dict[str, Any]:
@@ -204,14 +189,22 @@ def _work(
 def _encoder(
     model: str, revision: str | None, output: Path, settings: Settings, group: dist.ProcessGroup | None
 ) -> Encoder | str:
-    """The model, ready; or why it is not."""
+    """The model, ready or to be loaded when it is needed; or why it is not there."""
+    import datasets
+    import torch
+
     from .cache import Cache
     from .embed import Encoder
-    from .models import load
+    from .known_model import known_model
 
-    quiet()
-    try:
-        adapter = load(
+    datasets.disable_progress_bars()
+    cache = Cache(settings.cache or output / "embeddings")
+
+    def fresh() -> Adapter:
+        from .models import load
+
+        quiet()
+        return load(
             model,
             revision=revision,
             dtype=settings.dtype,
@@ -219,15 +212,13 @@ def _encoder(
             text_rule=settings.text_rule,
             trust_remote_code=settings.trust_remote_code,
         )
+
+    device = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    try:
+        adapter = known_model(cache, model_stamp(model, settings, revision, device), fresh)
     except ValueError as error:
         return str(error)
-    return Encoder(
-        adapter,
-        batch_size=settings.batch_size,
-        progress=sys.stderr.isatty(),
-        cache=Cache(settings.cache or output / "embeddings"),
-        group=group,
-    )
+    return Encoder(adapter, batch_size=settings.batch_size, progress=sys.stderr.isatty(), cache=cache, group=group)
 
 
 def quiet() -> None:
@@ -274,35 +265,8 @@ def _check(tasks: Sequence[Task], output: Path, settings: Settings) -> None:
     (output / "scores" / ".writable").unlink()
 
 
-def _is_done(output: Path, model: str, task: Task, now: dict[str, Any]) -> bool:
-    path = _path(output, model, task, "json")
-    if not path.is_file() or not _path(output, model, task, "npz").is_file():
-        return False
-    try:
-        return read_json(path).get("stamp") == now
-    except (ValueError, AttributeError):  # damaged: done again
-        return False
-
-
 def _path(output: Path, model: str, task: Task, suffix: str) -> Path:
     return output / "scores" / slug(model) / f"{task.name}.{suffix}"
-
-
-def _files_state(path: Path, below: bool = True) -> list[Any]:
-    """Name, size and time of a file, of all files in a folder (and below it), or of those that a pattern matches."""
-    if path.is_dir():
-        files = sorted(item for item in path.glob("**/*" if below else "*") if item.is_file())
-    else:
-        files = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path)))]
-    states = [(file, file.stat()) for file in files]
-    return [[str(file), state.st_size, state.st_mtime_ns] for file, state in states]
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from a JSON file: lists for tuples, strings for the keys."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _rank(group: dist.ProcessGroup) -> int:

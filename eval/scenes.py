@@ -19,7 +19,6 @@ import torch.distributed as dist
 from .choice import choice_benchmark
 from .data import Table, open_table
 from .embed import Encoder
-from .models import adapt
 from .results import Benchmark
 from .retrieval import Captioned, retrieval_benchmark
 from .zero_shot import Classes, Labelled, zero_shot_benchmark
@@ -51,6 +50,8 @@ def evaluate_scenes(
         group: the processes that share the embedding: each of them makes this call with the same arguments, and each
             gets the result. None: this process works alone.
     """
+    from .models import adapt
+
     encoder = Encoder(adapt(model, processor), batch_size=batch_size, group=group)
     benchmarks = score_scenes(encoder, scenes_dir, limit=limit, split=split)
     return {name: value for benchmark in benchmarks for name, value in benchmark.flat().items()}
