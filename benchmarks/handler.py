@@ -130,7 +130,7 @@ def under_load(address: str, requests: list[dict[str, Any]], clients: int) -> di
 
 def against_the_pipeline(model: str, handler: Any, address: str, images: list[bytes], count: int) -> dict[str, Any]:
     """The same zero-shot requests three ways: the pipeline, the handler, the handler over HTTP by one client."""
-    classify = pipeline("zero-shot-image-classification", model=model)
+    classify = pipeline("zero-shot-image-classification", model=model, trust_remote_code=True)
     requests = [zero_shot_request(base64.b64encode(images[i % len(images)]).decode(), i) for i in range(count)]
 
     def peer(request: dict[str, Any]) -> list[dict[str, Any]]:
