@@ -17,7 +17,7 @@ OURS = {"modeling_m2encoder", "conversion", "training", "eval", "model_cards"}
 MAY_IMPORT = {
     "modeling_m2encoder": set(),
     "eval": {"modeling_m2encoder"},
-    "conversion": {"modeling_m2encoder"},
+    "conversion": {"modeling_m2encoder", "eval"},
     "training": {"modeling_m2encoder", "eval"},
     "model_cards": set(),
 }
