@@ -58,7 +58,8 @@ class Run:
     """Use only so many rows of each data set, evenly spaced."""
     batch_size: int = 128
     cache: str | None = None
-    """The folder of embeddings, which runs may share; OUTPUT/embeddings if left out."""
+    """A folder of embeddings and finished scores, which runs may share; left out, embeddings go to
+    OUTPUT/embeddings."""
     dtype: str = "float32"
     """Of the weights: float32, bfloat16 or float16. Scores are computed in fp32."""
     autocast: str | None = None

@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
+from eval import models
+from eval.known_model import KnownModel
 from eval.retrieval import evaluate_retrieval
 from eval.run import Failure, Settings, collect, run
 from eval.tasks import ClassTexts, Columns, Data, Listed, Task
@@ -88,6 +91,47 @@ def test_embeddings_are_shared_between_tasks_and_outputs(start, tmp_path, monkey
     monkeypatch.setattr("eval.models.TransformersAdapter._embed", lambda *a: pytest.fail("embedded again"))
     assert start([task("second")]) == []
     assert start([task("first")], output=tmp_path / "other", cache=str(tmp_path / "out" / "embeddings")) == []
+
+
+def test_a_new_output_takes_finished_scores_from_a_cache_that_it_is_given(
+    start, said, tmp_path, checkpoint, monkeypatch
+):
+    cache = str(tmp_path / "cache")
+    start([task("first")], cache=cache)
+    monkeypatch.setattr("eval.score.score_task", lambda *a, **o: pytest.fail("scored again"))
+    monkeypatch.setattr("eval.models.load", lambda *a, **o: pytest.fail("loaded again"))
+    assert start([task("first")], [f"other={checkpoint}"], output=tmp_path / "new", cache=cache) == []
+    assert said[-1] == "kept: first with other"
+    old, new = (collect(tmp_path / name)["models"][0] for name in ("out", "new"))
+    assert (old.pop("name"), new.pop("name")) == ("tiny", "other") and old == new
+    counts = [tmp_path / name / "scores" / model / "first.npz" for name, model in (("out", "tiny"), ("new", "other"))]
+    assert counts[0].read_bytes() == counts[1].read_bytes()
+    # A damaged copy counts as absent.
+    for path in (tmp_path / "cache" / "scores").glob("*.json"):
+        path.write_text("{half")
+    monkeypatch.setattr("eval.score.score_task", lambda *a, **o: (_ for _ in ()).throw(ValueError("scored again")))
+    assert start([task("first")], output=tmp_path / "third", cache=cache)[0].error == "scored again"
+
+
+def test_a_model_is_loaded_only_if_something_must_be_embedded(start, tmp_path, write, monkeypatch):
+    cache = str(tmp_path / "cache")
+    start([task("first")], cache=cache)
+    loaded = []
+    load = models.load
+    monkeypatch.setattr("eval.models.load", lambda *a, **o: (loaded.append(a), load(*a, **o))[1])
+    assert start([task("second")], cache=cache, limit=7) == [] and loaded == []
+    more = write("more.parquet", ["red", "blue"], en=["new", "words"], zh=[["新"], ["字"]], split=["test", "test"])
+    assert start([task("third")], cache=cache, sources={"third": str(more)}) == [] and len(loaded) == 1
+    assert start([task("fourth")], cache=cache, sources={"fourth": str(more)}, dtype="bfloat16") == []
+    assert len(loaded) == 2, "another dtype is another model"
+
+
+def test_weights_that_were_replaced_without_a_trace_are_found_when_they_are_loaded():
+    one, other = ({"name": "m", "fingerprint": fingerprint} for fingerprint in ("a", "b"))
+    adapter = KnownModel(one, lambda: SimpleNamespace(describe=lambda: other))
+    assert adapter.describe() == one
+    with pytest.raises(ValueError, match="m is not the model that the cache knows"):
+        adapter.encode_texts(["x"])
 
 
 def test_what_fails_is_reported_and_the_rest_is_done(start, said, tmp_path, photos, checkpoint, write):
@@ -203,7 +247,7 @@ main(sys.argv[2:])
 
 def test_a_killed_run_goes_on_where_it_was(checkpoint, photos, tmp_path):
     """SIGKILL after the first shard of embeddings: the second run finds it, and computes only what is missing. A third
-    has nothing to do, and imports no torch for that."""
+    has nothing to do, and imports no torch for that; a fourth has nothing to embed, and imports no transformers."""
     arguments = ["run", "--models", f"tiny={checkpoint}", "--retrieval", photos, "--captions", "en=en", "zh=zh"]
     arguments = [str(one) for one in [*arguments, "--batch-size", "4", "--output", tmp_path / "out"]]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
@@ -223,6 +267,10 @@ def test_a_killed_run_goes_on_where_it_was(checkpoint, photos, tmp_path):
     kept = subprocess.run([sys.executable, "-c", code], capture_output=True, **options)
     assert kept.returncode == 0 and "kept: photos with tiny" in kept.stderr, kept.stderr
     assert kept.stdout == done.stdout
+    fewer = [*arguments[:-1], str(tmp_path / "new"), "--cache", str(tmp_path / "out" / "embeddings"), "--limit", "6"]
+    code = f"import sys; from eval.__main__ import main; main({fewer!r}); sys.exit('transformers' in sys.modules)"
+    scored = subprocess.run([sys.executable, "-c", code], capture_output=True, **options)
+    assert scored.returncode == 0 and "done: photos with tiny" in scored.stderr, scored.stderr
 
 
 def _share(checkpoint: str, file: str, output: str):
