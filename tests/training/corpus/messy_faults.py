@@ -68,7 +68,9 @@ def _animated(image: Image.Image) -> bytes:
 
 
 def _profiled(image: Image.Image) -> bytes:
-    return encode(image, "JPEG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[24:36] = bytes(12)  # the time of its making
+    return encode(image, "JPEG", icc_profile=bytes(profile))
 
 
 UNUSUAL: dict[str, Callable[[Image.Image], bytes]] = {
