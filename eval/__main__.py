@@ -198,6 +198,7 @@ class Compare:
     first: tyro.conf.Positional[str]
     """A model that `run` scored; without --output, an output folder with the scores of one model."""
     second: tyro.conf.Positional[str]
+    """The same, or a system of eval/systems.yaml: of one that was not run, the published numbers."""
     output: str | None = None
     """The output folder of `run` that holds the scores of both."""
 

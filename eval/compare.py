@@ -1,6 +1,8 @@
-"""Two models on the same images: the difference of every score with its interval and p-value.
+"""Two models on the same images: the difference of every score with its interval and p-value. A system of systems.yaml
+that was not run is compared by the numbers that its authors, or the paper, published.
 
 compare(Path("runs/evaluation"), "nano", "OFA-Sys/chinese-clip-vit-base-patch16")
+compare(Path("runs/evaluation"), "nano", "ERNIE-ViL 2.0")
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from typing import Any
 
 from .files import read_json, slug
 from .results import compare_samples, read_samples
+from .systems import systems
 from .tables import aligned, percent
+from .tasks import load_task, task_names
 
 
 def compare(output: Path | None, first: str, second: str) -> dict[str, Any]:
@@ -20,10 +24,15 @@ def compare(output: Path | None, first: str, second: str) -> dict[str, Any]:
 
     Args:
         output: the output folder of `run`; None if `first` and `second` are two output folders of one model each.
+        second: may also be a system of systems.yaml without scores there. Then "published" is in the result too: the
+            sources of its numbers. An interval is that of `first` alone, and there is no p-value.
 
     Raises:
-        ValueError: for a model that was not scored there, no benchmark in common, or scores of different images.
+        ValueError: for a model that was not scored there, no benchmark in common, scores of different images, or a
+            system of which no published number on these benchmarks is at hand.
     """
+    if second in systems() and not (Path(second).exists() if output is None else _scored(output, second).is_dir()):
+        return _against_published(_folder(output, first), first, second)
     folders = {name: _folder(output, name) for name in (first, second)}
     found: list[dict[str, Any]] = []
     for path in sorted(folders[first].glob("*.npz")):
@@ -48,16 +57,56 @@ def comparison_table(document: Mapping[str, Any]) -> str:
     """The comparison as markdown."""
     rows = [
         [one["name"], metric.replace("_", " "), one["language"], percent(found["value"], True),
-         f"[{percent(found['low'], True)}, {percent(found['high'], True)}]", f"{found['p_value']:.3f}"]
+         _shown_interval(found), "" if found["p_value"] is None else f"{found['p_value']:.3f}"]
         for one in document["benchmarks"]
         for metric, found in one["differences"].items()
     ]  # fmt: skip
     header = ["benchmark", "metric", "language", "difference", "interval", "p"]
-    title = (
-        f"{document['first']} minus {document['second']}, in points; 95 % interval and two-sided p-value of a paired "
-        "bootstrap over images."
-    )
-    return f"{title}\n\n{aligned(header, rows, left=3)}"
+    title = f"{document['first']} minus {document['second']}, in points; "
+    if "published" in document:
+        title += (
+            f"{document['second']} was not run: its numbers are *published*. The 95 % interval is that of "
+            f"{document['first']} alone."
+        )
+    else:
+        title += "95 % interval and two-sided p-value of a paired bootstrap over images."
+    sources = "\n".join(f"- {source}" for source in document.get("published", ()))
+    return "\n\n".join(part for part in (title, aligned(header, rows, left=3), sources) if part)
+
+
+def _shown_interval(found: Mapping[str, Any]) -> str:
+    return "" if found["low"] is None else f"[{percent(found['low'], True)}, {percent(found['high'], True)}]"
+
+
+def _against_published(folder: Path, first: str, second: str) -> dict[str, Any]:
+    """The scores of a folder minus the published numbers of a system, where a task file has any."""
+    found: list[dict[str, Any]] = []
+    sources: dict[str, None] = {}
+    for path in sorted(folder.glob("*.npz")):
+        document = read_json(path.with_suffix(".json"))
+        task = document["task"]["name"]
+        published = [one for one in (load_task(task).published if task in task_names() else ()) if one.system == second]
+        for benchmark in (one for one in document["benchmarks"] if one["name"] == task):
+            for language in dict.fromkeys(one.language for one in published):
+                differences = {
+                    one.metric: _difference(benchmark["metrics"][one.metric][language], one.value / 100)
+                    for one in published
+                    if one.language == language and language in benchmark["metrics"].get(one.metric, {})
+                }
+                if differences:
+                    protocol = benchmark["protocol"]
+                    found.append({"name": task, "language": language, "protocol": protocol, "differences": differences})
+        sources |= {f"{one.source} ({one.note})" if one.note else one.source: None for one in published}
+    if not found:
+        system = systems()[second]
+        why = system.published_only or f"it can be run: --models {second}"
+        raise ValueError(f"No published number of {second} is at hand on what {first} was scored on ({why}).")
+    return {"first": first, "second": second, "benchmarks": found, "published": list(sources)}
+
+
+def _difference(score: Mapping[str, float], published: float) -> dict[str, float | None]:
+    ends = {end: score[end] - published if end in score else None for end in ("low", "high")}
+    return {"value": score["value"] - published, **ends, "p_value": None}
 
 
 def _differences(
@@ -89,8 +138,12 @@ def _folder(output: Path | None, name: str) -> Path:
                 "their output folder with --output."
             )
         return folders[0]
-    folder = output / "scores" / slug(name)
+    folder = _scored(output, name)
     if not folder.is_dir():
         there = sorted(path.name for path in (output / "scores").glob("*") if path.is_dir())
         raise ValueError(f"No scores of {name} in {output}; there are: {', '.join(there) or 'none'}.")
     return folder
+
+
+def _scored(output: Path, name: str) -> Path:
+    return output / "scores" / slug(name)

@@ -149,7 +149,11 @@ def _others(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "name": system.name,
             "languages": list(system.languages),
-            "why": system.published_only or f"not run here ({system.model or system.convert})",
+            "paper": system.where,
+            "adapter": system.adapter,
+            "loads": system.model or system.convert,
+            "why": system.published_only or f"not run here ({system.adapter}: {system.model or system.convert})",
+            "notes": list(system.notes),
             "other_weights": system.other_weights,
             "published": [dataclasses.asdict(number) for number in system.published],
         }

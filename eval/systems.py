@@ -37,8 +37,25 @@ class System:
     other_weights: str | None = None
     """How the open weights differ from those that the paper measured."""
     in_paper: bool = True
+    """Whether it stands in one of the paper's Tables 1 to 5."""
+    tables: tuple[int, ...] = ()
+    """Which of them; empty if no source at hand says."""
     notes: tuple[str, ...] = ()
     published: tuple[PublishedNumber, ...] = ()
+
+    @property
+    def adapter(self) -> str | None:
+        """What runs it; None if nothing does."""
+        if self.model is None:
+            return None if self.convert is None else "ours, after conversion"
+        return "open_clip" if self.model.startswith("open_clip:") else "transformers"
+
+    @property
+    def where(self) -> str:
+        """Its place in the paper, for a table."""
+        if not self.in_paper:
+            return "later"
+        return f"Table {', '.join(map(str, self.tables))}" if self.tables else "one of Tables 1 to 5"
 
     def loadable(self) -> tuple[str, str | None]:
         """What to load, and its revision.
@@ -65,7 +82,7 @@ def systems() -> dict[str, System]:
 
 def _read(name: str, entry: dict) -> System:
     numbers = tuple(PublishedNumber(**number) for number in entry.pop("published", ()))
-    lists = {key: tuple(entry.pop(key, ())) for key in ("languages", "notes")}
+    lists = {key: tuple(entry.pop(key, ())) for key in ("languages", "notes", "tables")}
     system = System(name, published=numbers, **lists, **entry)
     assert sum(map(bool, (system.model, system.convert, system.published_only))) == 1, f"{name} in systems.yaml"
     return system

@@ -158,16 +158,23 @@ def _others(document: Mapping[str, Any]) -> str:
     """The systems of the comparison that were not run."""
     listed = document.get("systems", ())
     with_numbers = {entry["system"] for entry in document.get("published", ())}
-    rows = []
+    rows, notes = [], []
     for one in listed:
         numbers = [f"{number['what']}: {number['value']} ({number['source']})" for number in one["published"]]
         if one["name"] in with_numbers:
             numbers.insert(0, "in the tables above")
-        rows.append([one["name"], ", ".join(one["languages"]), one["why"], "; ".join(numbers) or "none checked"])
+        rows.append(
+            [one["name"], ", ".join(one["languages"]), one["paper"], one["why"], "; ".join(numbers) or "not at hand"]
+        )
+        said = [f"other weights: {one['other_weights']}"] if one["other_weights"] else []
+        notes += [f"- {one['name']}: {note}" for note in (*said, *one["notes"])]
     if not rows:
         return ""
-    header = ["system", "texts", "why", "published numbers"]
-    return "## Systems of the comparison that were not run\n\n" + aligned(header, rows, left=4)
+    header = ["system", "texts", "in the paper", "why", "published numbers"]
+    table = aligned(header, rows, left=5)
+    return "\n\n".join(
+        ["## Systems of the comparison that were not run", table, *(["\n".join(notes)] if notes else [])]
+    )
 
 
 def _shared(found: Sequence[Any]) -> str:

@@ -75,7 +75,11 @@ def test_published_numbers_are_marked_and_keep_their_source(tmp_path):
     assert rows["M2-Encoder-10B *published*"][2:4] == ["88.5", ""] and rows["nano"][2] == "62.5"
     assert "M2-Encoder-10B, published: arXiv 2401.15896, abstract" in text
     others = {row[0]: row for row in table_rows(text, "Systems of the comparison that were not run")}
-    assert "in the tables above" in others["M2-Encoder-10B"][3] and others["BriVL"][2].startswith("no open weights")
+    assert "in the tables above" in others["M2-Encoder-10B"][4] and others["BriVL"][3].startswith("no open weights")
+    assert others["BriVL"][4] == "not at hand" and others["BriVL"][2] == "one of Tables 1 to 5"
+    assert others["AltCLIP-0.8B"][3] == "not run here (transformers: BAAI/AltCLIP)"
+    assert others["CN-CLIP-1B"][2] == "Table 5" and others["SigLIP"][2] == "later"
+    assert "has the two directions of its COCO-CN row swapped" in text
     shown = {dot.system: dot for dot in dots(document, "imagenet", "top-1")}
     assert shown["M2-Encoder-10B"].published and shown["M2-Encoder-10B"].parameters == 1e10
     assert not shown["nano"].published and shown["nano"].parameters == 2_000_000
@@ -125,6 +129,23 @@ def test_two_models_are_compared_on_the_same_images(tmp_path):
     score_file(tmp_path / "x", "m", ZH, EN)
     score_file(tmp_path / "y", "m", EN, EN)
     assert compare(None, str(tmp_path / "x"), str(tmp_path / "y"))["benchmarks"] == document["benchmarks"]
+
+
+def test_a_system_that_was_not_run_is_compared_by_its_published_numbers(tmp_path):
+    score_file(tmp_path, "nano", None, EN, task="imagenet")
+    document = compare(tmp_path, "nano", "M2-Encoder-10B")
+    (one,) = document["benchmarks"]
+    difference = one["differences"]["top-1"]
+    assert (one["name"], one["language"]) == ("imagenet", "en") and difference["p_value"] is None
+    assert difference["value"] == pytest.approx(0.625 - 0.885)
+    assert difference["low"] < difference["value"] < difference["high"]
+    text = comparison_table(document)
+    assert "*published*" in text and "-26.0" in text and "- arXiv 2401.15896, abstract" in text
+    assert compare(None, str(tmp_path), "M2-Encoder-10B")["benchmarks"] == document["benchmarks"]
+    with pytest.raises(ValueError, match=r"No published number of BriVL is at hand .* \(no open weights"):
+        compare(tmp_path, "nano", "BriVL")
+    with pytest.raises(ValueError, match="it can be run: --models CN-CLIP-1B"):
+        compare(tmp_path, "nano", "CN-CLIP-1B")
 
 
 def test_what_cannot_be_compared_is_named(tmp_path):

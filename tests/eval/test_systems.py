@@ -38,6 +38,17 @@ def test_every_system_that_the_issue_names_is_there():
     assert all(set(system.languages) <= {"zh", "en"} and system.languages for system in systems().values())
 
 
+def test_each_says_where_the_paper_has_it_and_what_runs_it():
+    for system in systems().values():
+        assert set(system.tables) <= {1, 2, 3, 4, 5} and (system.in_paper or not system.tables)
+        assert (system.adapter is None) == (system.published_only is not None)
+    assert systems()["CLIP-0.4B"].where == "Table 3, 4" and systems()["MetaCLIP-2"].where == "later"
+    assert systems()["UMG-CLIP"].where == "one of Tables 1 to 5"
+    adapters = {name: system.adapter for name, system in systems().items()}
+    assert adapters["CoCa"] == "open_clip" and adapters["FLAVA"] == "transformers" and adapters["BASIC"] is None
+    assert adapters["M2-Encoder-1B"] == "ours, after conversion"
+
+
 def test_revisions_are_commits():
     for system in systems().values():
         assert system.revision is None or re.fullmatch("[0-9a-f]{40}", system.revision)
