@@ -117,10 +117,19 @@ def run(config: CorpusConfig) -> Report:
     report = Report("shards", buckets, counts, settings.of_content(), written.fingerprint)
     manifest.write(config, report, settings.title, settings.push_to_hub)
     write_report(folder, report)
-    shutil.rmtree(folder / "scatter" / "buckets", ignore_errors=True)
+    _sweep(folder)
     if settings.push_to_hub:
         publish(folder, settings.push_to_hub, private=settings.private)
     return report
+
+
+def _sweep(folder: Path) -> None:
+    """Removes the buckets, and what killed tasks left beside the shards."""
+    for scratch in (folder / "scatter" / "buckets", folder / "write" / "scratch"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    for split in ("train", "validation"):
+        for half in folder.glob(f".{split}-*"):
+            half.unlink(missing_ok=True)
 
 
 def inputs(config: CorpusConfig) -> list[tuple[str, str]]:

@@ -24,9 +24,9 @@ def image_bytes(number: int, side: int = 16) -> bytes:
     return encoded(Image.fromarray(pixels))
 
 
-def row(source: str, number: int, language: str, image: int | None = None, **changes: Any) -> dict[str, Any]:
+def row(source: str, number: int, language: str, drawn: int | None = None, **changes: Any) -> dict[str, Any]:
     """A row as the stage `clean` keeps it."""
-    data = image_bytes(number if image is None else image)
+    data = image_bytes(number if drawn is None else drawn)
     return {
         "id": f"{source}/0/{number}",
         "source": source,
