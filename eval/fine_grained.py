@@ -72,6 +72,8 @@ def fine_grained_benchmarks(task: Task, encoder: Encoder, data: FineGrained, lim
         limit: use so many images, and so many questions, evenly spaced.
     """
     captions = limited(data.captions, limit)
+    # Which images and texts a set has depends on its rule: two rules are two benchmarks.
+    rule = f" (rule {data.manifest['rule']})" if data.manifest.get("rule") else ""
     embeds = encoder.images(captions.table, captions.image_column)
     benchmarks = [
         retrieval_benchmark(
@@ -79,7 +81,7 @@ def fine_grained_benchmarks(task: Task, encoder: Encoder, data: FineGrained, lim
             encoder,
             captions,
             image_embeds=embeds,
-            protocol=task.protocol,
+            protocol=task.protocol + rule,
             positives=task.positives,
             paired=task.paired,
             gallery=data.gallery,

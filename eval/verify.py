@@ -2,7 +2,7 @@
 
     findings = verify(load_task("flickr8k-cn"), "flickr8k_cn_val.parquet")
 
-A finding is "ok", "unknown" (nothing is known to hold the data against) or "wrong". `run` scores nothing whose data are
+A finding is "ok", "warning" (nothing is known to hold the data against) or "wrong". `run` scores nothing whose data are
 wrong.
 """
 
@@ -22,7 +22,7 @@ from .retrieval import Captioned
 from .tasks import Task
 from .zero_shot import Labelled
 
-Level = Literal["ok", "unknown", "wrong"]
+Level = Literal["ok", "warning", "wrong"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def check_captioned(task: Task, data: Captioned) -> list[Finding]:
         known = task.expected.sha256.get(language)
         if known is None:
             findings.append(
-                Finding("unknown", f"no checksum is recorded for the {language} captions; they have {seen}")
+                Finding(
+                    "warning", f"no checksum is recorded for the {language} captions; --write records theirs: {seen}"
+                )
             )
         else:
             level: Level = "ok" if seen == known else "wrong"
@@ -83,7 +85,7 @@ def check_fine_grained(task: Task, data: FineGrained) -> list[Finding]:
         findings.append(Finding(level, f"the {language} captions have the checksum {seen}, the manifest says {known}"))
     reproduced = paper.get("reproduced")
     told = f"the paper counts {paper.get('images')} images and {paper.get('texts')} texts"
-    findings.append(Finding("ok", f"{told}, as here") if reproduced else Finding("unknown", f"{told}: not reproduced"))
+    findings.append(Finding("ok", f"{told}, as here") if reproduced else Finding("warning", f"{told}: not reproduced"))
     return findings
 
 
@@ -95,9 +97,10 @@ def check_revision(task: Task, table: Table) -> Finding:
     if seen is not None and pinned is not None:
         return Finding("ok", f"revision {seen}, as pinned")
     if pinned is not None:
-        return Finding("unknown", f"nothing says at which revision the local files were downloaded (pinned: {pinned})")
+        return Finding("warning", f"nothing says at which revision the local files were downloaded (pinned: {pinned})")
     if task.data.id is not None:
-        return Finding("unknown", f"no revision of {task.data.id} is pinned (here: {seen or 'not known'})")
+        pin = f"; to pin what is here: data.revision: {seen}" if seen else ""
+        return Finding("warning", f"revision not pinned: {task.data.id} may change under this task{pin}")
     return Finding("ok", "local data, which have no revision")
 
 
@@ -148,7 +151,7 @@ def check_scenes(task: Task, folder: str | Path) -> list[Finding]:
 
 def _count(what: str, expected: int | None, seen: int) -> Finding:
     if expected is None:
-        return Finding("unknown", f"{seen:,} {what}; how many there should be is not recorded")
+        return Finding("warning", f"{seen:,} {what}; how many there should be is not recorded")
     if seen != expected:
         return Finding("wrong", f"{expected:,} {what} expected, {seen:,} seen")
     return Finding("ok", f"{seen:,} {what}")

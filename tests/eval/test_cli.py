@@ -95,10 +95,10 @@ def test_run_report_and_compare(checkpoint, photos, own_task, tmp_path, capsys):
 
 def test_verify_records_and_then_refuses(photos, own_task, tmp_path, capsys):
     call("verify", "--tasks", own_task, "--data", f"mine={photos}", "--write")
-    assert "unknown: 12 images" in capsys.readouterr().out
+    assert "warning: 12 images" in capsys.readouterr().out
     call("verify", "--tasks", own_task, "--data", f"mine={photos}")
     printed = capsys.readouterr().out
-    assert "ok: 12 images" in printed and "unknown" not in printed
+    assert "ok: 12 images" in printed and "warning" not in printed
     own_task.write_text(own_task.read_text().replace("images: 12", "images: 13"))
     for arguments in (("mine", photos), ("mine", tmp_path / "none.parquet")):
         with pytest.raises(SystemExit, match="1"):

@@ -32,8 +32,8 @@ def test_counts_and_checksums(file):
     right = task(Expected(images=2, texts={"en": 3}, sha256={"en": checksum}))
     assert set(findings(right, file).values()) == {"ok"}
     unknown = findings(task(), file)
-    assert unknown["2 images; how many there should be is not recorded"] == "unknown"
-    assert unknown[f"no checksum is recorded for the en captions; they have {checksum}"] == "unknown"
+    assert unknown["2 images; how many there should be is not recorded"] == "warning"
+    assert unknown[f"no checksum is recorded for the en captions; --write records theirs: {checksum}"] == "warning"
     wrong = task(Expected(images=3, texts={"en": 5}, sha256={"en": "0" * 64}))
     with pytest.raises(ValueError, match="not those of the task mine: 3 images expected, 2 seen; 5 en texts expected, 3 seen; the en captions have the checksum"):  # fmt: skip  # noqa: E501
         require(wrong, check_captioned(wrong, read_captioned(wrong, file)))
@@ -49,7 +49,7 @@ def test_the_checksum_knows_images_apart_but_not_their_order():
 def test_a_changed_revision_is_wrong(file, tmp_path):
     """The commit as `hf download --local-dir` notes it, and as the Hub's cache has it in its paths."""
     pinned = task(id="org/name", revision=PINNED)
-    assert check_revision(pinned, read_captioned(pinned, file).table).level == "unknown"
+    assert check_revision(pinned, read_captioned(pinned, file).table).level == "warning"
     notes = tmp_path / "d" / ".cache" / "huggingface" / "download" / "a.parquet.metadata"
     notes.parent.mkdir(parents=True)
     notes.write_text(f"{PINNED}\netag\n1.0\n")
@@ -58,7 +58,9 @@ def test_a_changed_revision_is_wrong(file, tmp_path):
     table = read_captioned(pinned, tmp_path / "d").table
     with pytest.raises(ValueError, match=f"the data are at revision {'b' * 40}, the task pins {PINNED}"):
         require(pinned, [check_revision(pinned, table)])
-    assert check_revision(task(id="org/name"), table).level == "unknown"  # nothing is pinned, and that is said
+    unpinned = check_revision(task(id="org/name"), table)  # nothing is pinned, and that is said
+    assert unpinned.level == "warning" and str(unpinned).startswith("warning: revision not pinned: org/name may change")
+    assert str(unpinned).endswith(f"to pin what is here: data.revision: {'b' * 40}")
     assert local_revision([f"/x/snapshots/{PINNED}/data/a.parquet"]) == PINNED
     assert local_revision(["/x/a.parquet"]) is None
 

@@ -27,7 +27,7 @@ def test_a_built_set_is_scored(
     main(["build", "coco-mcc", "--output", str(folder), "--sources", *sources])
     assert "coco-mcc: 3 images, 3 texts, 3 pairs" in capsys.readouterr().out
     findings, _ = verify(load_task("coco-mcc"), folder)
-    assert {finding.level for finding in findings[:-1]} == {"ok"} and findings[-1].level == "unknown"
+    assert {finding.level for finding in findings[:-1]} == {"ok"} and findings[-1].level == "warning"
     retrieval, choice = score_task(load_task("coco-mcc"), colour_encoder, folder)
     assert retrieval.counts == {"images": 3, "zh texts": 3, "en texts": 3}
     assert choice.name == "coco-mcc/choice" and 0 <= choice.metrics["accuracy"]["zh"].value <= 1
