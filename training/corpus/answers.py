@@ -9,8 +9,11 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
+_SINGLE = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f"
+_UNIT = re.compile(rf"[{_SINGLE}]|(?:(?![{_SINGLE}])[^\W\d_])+")
 _LABEL = re.compile(
     r"^(?:rewritten|rewritten caption|new caption|caption|translation|chinese|description|answer|"
     r"改写后的描述|改写|描述|译文|翻译|中文翻译|中文|答案)\s*[:：]\s*",
@@ -42,21 +45,26 @@ def clean(answer: str) -> str:
     return text
 
 
+def _units(text: str) -> list[str]:
+    """The text as Han, kana and hangul characters and words of other letters, so that one brand name does not outweigh
+    a Chinese sentence."""
+    return _UNIT.findall(text)
+
+
 def han_share(text: str) -> float:
-    """Han characters among all letters, in [0, 1]; 0 without letters."""
-    letters = sum(character.isalpha() for character in text)
-    return len(_HAN.findall(text)) / letters if letters else 0.0
+    """Han characters among these and the words of other scripts, in [0, 1]; 0 without letters."""
+    units = _units(text)
+    return sum(bool(_HAN.match(unit)) for unit in units) / len(units) if units else 0.0
 
 
 def latin_share(text: str) -> float:
-    """Latin letters among all letters, in [0, 1]; 0 without letters."""
-    letters = [character for character in text if character.isalpha()]
-    latin = sum(unicodedata.name(character, "").startswith("LATIN") for character in letters)
-    return latin / len(letters) if letters else 0.0
+    """Words of Latin letters among these and the characters or words of other scripts, in [0, 1]; 0 without letters."""
+    units = _units(text)
+    return sum(unicodedata.name(unit[0], "").startswith("LATIN") for unit in units) / len(units) if units else 0.0
 
 
 def is_in(text: str, language: str, share: float) -> bool:
-    """Whether at least this share of the letters belongs to the language's script ("en" or "zh")."""
+    """Whether at least this share of the text is in the script of the language ("en" or "zh")."""
     return (han_share if language == "zh" else latin_share)(text) >= share
 
 
@@ -80,17 +88,21 @@ def repeats(text: str) -> bool:
 def leaks(text: str, prompt: str, raw: str) -> bool:
     """Whether the answer quotes the instructions: six words or twelve Han characters of the prompt in a row, which are
     not also in the raw caption."""
+    found = _runs(text) & _prompt_runs(prompt)
+    return bool(found and found - _runs(raw))
 
-    def runs(source: str) -> set[tuple[str, ...]]:
-        words = re.findall(r"[a-z']+|" + _HAN.pattern, source.lower())
-        found = set()
-        for start in range(len(words)):
-            length = 12 if _HAN.match(words[start]) else 6
-            if start + length <= len(words):
-                found.add(tuple(words[start : start + length]))
-        return found
 
-    return bool(runs(text) & (runs(prompt) - runs(raw)))
+def _runs(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"[a-z']+|" + _HAN.pattern, text.lower())
+    found = set()
+    for start, word in enumerate(words):
+        length = 12 if _HAN.match(word) else 6
+        if start + length <= len(words):
+            found.add(tuple(words[start : start + length]))
+    return found
+
+
+_prompt_runs = lru_cache(maxsize=16)(_runs)
 
 
 def numbers(text: str) -> list[str]:
@@ -190,7 +202,7 @@ class CaptionChecks:
     """What a rewritten caption must be."""
 
     script_share: float = 0.7
-    """Of its letters, in the script of the row's language."""
+    """Of it, in the script of the row's language."""
     min_characters: dict[str, int] = field(default_factory=lambda: {"en": 10, "zh": 4})
     max_characters: dict[str, int] = field(default_factory=lambda: {"en": 400, "zh": 150})
     keep_terms: float = 0.5
@@ -223,7 +235,7 @@ class TranslationChecks:
     """What a Chinese translation must be."""
 
     han_share: float = 0.5
-    """Of its letters; names may stay in Latin ones."""
+    """Han characters by these and the words in other letters: names may stay."""
     min_ratio: float = 0.08
     """Its characters by those of the English text; measured on machine translations, see docs/corpus.md."""
     max_ratio: float = 1.0

@@ -69,6 +69,8 @@ class RewriteSettings:
     prompts: dict[str, str] | None = None
     """language -> instructions with {raw}; PROMPTS for a server, BLIP_2_PROMPTS for transformers, if left out."""
     checks: CaptionChecks = field(default_factory=CaptionChecks)
+    max_raw_characters: int = 1000
+    """Of the raw caption, those that the model is shown; more is the text of a page."""
     image_side: int = 1024
     """Larger pictures are sent to a server with this longer side, in pixels."""
 
@@ -78,8 +80,10 @@ class RewriteSettings:
         for language, prompt in (self.prompts or {}).items():
             if "{raw}" not in prompt:
                 raise ValueError(f"prompts.{language} has no {{raw}}, where the caption goes.")
-        if self.image_side < 32:
-            raise ValueError(f"image_side is {self.image_side}; at least 32.")
+        if self.image_side < 32 or self.max_raw_characters < 1:
+            raise ValueError(
+                f"image_side is {self.image_side} and max_raw_characters {self.max_raw_characters}; at least 32 and 1."
+            )
 
     def instructions(self) -> dict[str, str]:
         """language -> prompt."""
@@ -88,7 +92,8 @@ class RewriteSettings:
     def identity(self) -> dict[str, Any]:
         """What decides the new captions, for the fingerprint of the stage."""
         model = self.server or self.transformers or CaptionModel()
-        shared = {"prompts": self.instructions(), "checks": self.checks, "image_side": self.image_side}
+        names = ("checks", "max_raw_characters", "image_side")
+        shared = {"prompts": self.instructions(), **{name: getattr(self, name) for name in names}}
         return {"backend": "server" if self.server else "transformers", "model": model.identity(), **shared}
 
 
@@ -160,13 +165,14 @@ class _Task:
         """The cleaned answer for each row, and the reason why it cannot be used."""
         prompts = self.settings.instructions()
         asked = [place for place, row in enumerate(rows) if row["language"] in prompts]
-        filled = [prompts[rows[place]["language"]].replace("{raw}", rows[place]["text"] or "") for place in asked]
+        raw = [(row["text"] or "")[: self.settings.max_raw_characters] for row in rows]
+        filled = [prompts[rows[place]["language"]].replace("{raw}", raw[place]) for place in asked]
         answers = rewriter([rows[place] for place in asked], filled) if asked else []
         results = [Reply(None, "no_prompt")] * len(rows)
         for place, (answer, reason) in zip(asked, answers, strict=True):
             row, text = rows[place], None if answer is None else clean(answer)
             if reason is None:
                 instructions = prompts[row["language"]].replace("{raw}", "")
-                reason = self.settings.checks.failure(text, row["text"] or "", instructions, row["language"])
+                reason = self.settings.checks.failure(text, raw[place], instructions, row["language"])
             results[place] = Reply(text, reason)
         return results

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -116,39 +117,66 @@ class TransformersRewriter:
                 images[place] = decode_image((row["image"] or {}).get("bytes"))
             except UnusableImage as error:
                 replies[place] = Reply(None, str(error))
-        places = list(images)
-        for start in range(0, len(places), self.settings.batch_size):
-            batch = places[start : start + self.settings.batch_size]
-            texts = generate(self.settings, [images[place] for place in batch], [prompts[place] for place in batch])
+        loaded = _loaded(self.settings, worker_device(self.settings.device))
+        lengths = {place: loaded.tokens(prompts[place]) for place in images}
+        for place, length in lengths.items():
+            if loaded.longest and length + self.settings.max_new_tokens > loaded.longest:
+                replies[place] = Reply(None, "prompt_too_long")
+        # Prompts of about the same length together, so that little padding is computed.
+        order = sorted((lengths[place], place) for place in images if replies[place] is None)
+        for batch in self._batches(order, loaded.pads):
+            texts = self._generate(loaded, [images[place] for place in batch], [prompts[place] for place in batch])
             for place, text in zip(batch, texts, strict=True):
                 replies[place] = Reply(text)
         return replies  # type: ignore[return-value]  # each place was filled
 
+    def _batches(self, order: Sequence[tuple[int, int]], pads: bool) -> Iterator[list[int]]:
+        """Places in batches, without `pads` only of prompts of the same length; `order`: (length, place), sorted."""
+        for _, group in groupby(order, key=lambda item: None if pads else item[0]):
+            places = [place for _, place in group]
+            for start in range(0, len(places), self.settings.batch_size):
+                yield places[start : start + self.settings.batch_size]
 
-@torch.inference_mode()
-def generate(settings: CaptionModel, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-    """What the model writes after each picture and prompt, without the prompt."""
-    model, processor = _loaded(settings, worker_device(settings.device))
-    # Decoder-only models go on from the last token: no padding may come after the prompt.
-    inputs = processor(
-        images=list(images),
-        text=list(prompts),
-        padding=True,
-        padding_side="left",
-        truncation=False,
-        return_tensors="pt",
-    )
-    inputs = inputs.to(model.device, dtype=model.dtype)
-    options = {"num_beams": settings.beams, "max_new_tokens": settings.max_new_tokens, "do_sample": False}
-    ids = model.generate(**inputs, **options)
-    written = processor.batch_decode(ids, skip_special_tokens=True)
-    shown = processor.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-    # Some models give the prompt back in front, others do not.
-    return [text.strip().removeprefix(prompt.strip()).strip() for text, prompt in zip(written, shown, strict=True)]
+    @torch.inference_mode()
+    def _generate(self, loaded: _Loaded, images: list[Image.Image], prompts: list[str]) -> list[str]:
+        """What the model writes after each picture and prompt, without the prompt."""
+        model, processor = loaded.model, loaded.processor
+        # Decoder-only models go on from the last token: no padding may come after the prompt.
+        inputs = processor(images=images, text=prompts, padding=True, padding_side="left", return_tensors="pt")
+        inputs = inputs.to(model.device, dtype=model.dtype)
+        options = {"num_beams": self.settings.beams, "max_new_tokens": self.settings.max_new_tokens}
+        ids = model.generate(**inputs, do_sample=False, **options)
+        written = processor.batch_decode(ids, skip_special_tokens=True)
+        # After generating: BLIP puts its own first token into the prompt.
+        shown = processor.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+        # Some models give the prompt back in front, others do not.
+        return [text.strip().removeprefix(prompt.strip()).strip() for text, prompt in zip(written, shown, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    model: Any
+    processor: Any
+
+    def tokens(self, prompt: str) -> int:
+        """Positions that a picture and this prompt take in the language model."""
+        return len(self.processor.tokenizer(prompt)["input_ids"]) + (
+            getattr(self.processor, "num_query_tokens", 0) or 0
+        )
+
+    @property
+    def longest(self) -> int | None:
+        """Positions that the language model has; None where they are relative."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def pads(self) -> bool:
+        """Whether prompts of different lengths may be one batch: BLIP counts its positions from the padding on."""
+        return self.model.config.model_type != "blip"
 
 
 @cache
-def _loaded(settings: CaptionModel, device: str) -> tuple[Any, Any]:
+def _loaded(settings: CaptionModel, device: str) -> _Loaded:
     """Once per process. Raises ValueError for a model that cannot be loaded, or whose weights are not all there."""
     name, options = settings.model, {"revision": revision_of(settings)}
     try:
@@ -163,7 +191,7 @@ def _loaded(settings: CaptionModel, device: str) -> tuple[Any, Any]:
         raise ValueError(f"{name} lacks weights, e.g. {sorted(report['missing_keys'])[0]}: it would write at random.")
     if getattr(processor, "num_query_tokens", 1) is None:
         processor.num_query_tokens = config.num_query_tokens
-    return model.to(device).eval(), processor
+    return _Loaded(model.to(device).eval(), processor)
 
 
 def picture_for_server(content: bytes | None, side: int) -> bytes:

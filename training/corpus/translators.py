@@ -110,8 +110,11 @@ class TransformersTranslator:
         if loaded.target is not None:
             options["forced_bos_token_id"] = loaded.target
         ids = loaded.model.generate(**inputs, **options)
-        ended = (ids[:, 1:] == loaded.model.generation_config.eos_token_id).any(1).tolist()
-        written = loaded.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ends = torch.tensor(loaded.model.generation_config.eos_token_id, device=ids.device)
+        ended = torch.isin(ids[:, 1:], ends).any(1).tolist()  # [:, 1:]: some models begin with the end
+        # The language is a token of the output, which not every tokenizer calls special.
+        own = ids if loaded.target is None else ids[:, 2:]
+        written = loaded.tokenizer.batch_decode(own, skip_special_tokens=True)
         return [
             Reply(text.strip(), "source_too_long" if long else None if end else "cut_short")
             for text, end, long in zip(written, ended, too_long.tolist(), strict=True)
