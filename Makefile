@@ -20,7 +20,7 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval,export,corpus,corpus-ray,demo,dev]"
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval,export,search,corpus,corpus-ray,demo,dev]"
 	# What LAMB is compared with; its dependencies would bring torchvision, and its optimizers need only torch.
 	$(RUN) -m pip install --quiet --no-deps -c constraints.txt timm
 	touch $@
