@@ -8,6 +8,7 @@ import importlib
 import sys
 
 from .config import STAGES, CorpusConfig, load_config
+from .downloads import TO_DOWNLOAD
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,7 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
         changes = {name: value for name, value in changes.items() if value is not None}
         config = dataclasses.replace(config, executor=dataclasses.replace(config.executor, **changes))
         for stage in _chosen(config, options.stage):
-            importlib.import_module(f".{stage}", __package__).run(config)
+            report = importlib.import_module(f".{stage}", __package__).run(config)
+            if report is not None and report.counts.total(TO_DOWNLOAD):
+                break  # the rest waits for the images
     except ValueError as error:
         sys.exit(_say(error, 2))
     except RuntimeError as error:

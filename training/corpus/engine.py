@@ -17,11 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
 from tqdm import tqdm
 
 from eval.files import read_json, write_json
 
 from .config import CorpusConfig, ExecutorSettings
+
+# datatrove logs each step of each task to the terminal, from the workers too. They import this module with their first
+# task; what fails is logged here, to the terminal and to the file of the task.
+logger.disable("datatrove")
 
 KEPT = "kept"
 """The outcome of a row that goes on. Every other outcome is the reason of a loss, or the name of another stream."""
@@ -101,13 +106,17 @@ def run_stage(
     task: Task,
     settings: Mapping[str, Any],
     after: Sequence[str] = (),
+    prepare: Callable[[], None] | None = None,
 ) -> Report:
     """Runs tasks 0 .. `tasks` - 1 that are not yet complete, then writes the report of the stage.
+
+    A finished stage is not run again: its report is read.
 
     Args:
         stage: its folder in `config.output`; a stage of several phases names them "clean/measure", ...
         settings: everything beside the inputs that decides what is written (JSON values, dataclasses and paths).
         after: the stages whose parts are read; their fingerprints become part of this one's.
+        prepare: called before the tasks, if there are some to run: writes what they all read.
 
     Raises:
         ValueError: if the folder holds the work of other settings, or a stage in `after` has no report.
@@ -119,6 +128,10 @@ def run_stage(
     document = {"stage": stage, "tasks": tasks, "seed": config.seed, "settings": settings, "inputs": inputs}
     fingerprint = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
     claim(folder, {**document, "fingerprint": fingerprint})
+    if (folder / "report.json").is_file():
+        return read_report(folder)
+    if prepare is not None:
+        prepare()
     if tasks:
         _execute(config.executor, folder, tasks, _Counted(task, folder), stage)
     counts = Counts()
@@ -127,9 +140,16 @@ def run_stage(
             waits = "is submitted, or " if config.executor.kind == "slurm" else ""
             raise RuntimeError(f"Task {number} of {stage} {waits}failed: see {folder / '.tasks'}. Then run this again.")
         counts.update(Counts(read_json(_counts_file(folder, number))))
+    _remove_leftovers(folder)
     report = Report(stage, tasks, counts, settings, fingerprint)
     write_report(folder, report)
     return report
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Half-written files of runs that were killed; all tasks are complete, so that nobody needs them."""
+    for path in folder.rglob(".part-*"):
+        path.unlink(missing_ok=True)
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -163,7 +183,11 @@ class _Counted:
     folder: Path
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        counts = self.task(rank)
+        try:
+            counts = self.task(rank)
+        except Exception:
+            logger.exception(f"Task {rank} in {self.folder} failed.")
+            raise
         write_json(_counts_file(self.folder, rank), counts.as_dict())
 
 
@@ -173,16 +197,17 @@ def _counts_file(folder: Path, task: int) -> Path:
 
 def _execute(settings: ExecutorSettings, folder: Path, tasks: int, step: _Counted, stage: str) -> None:
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
-    from datatrove.utils.logging import logger
 
     kinds = {"local": LocalPipelineExecutor, "ray": RayPipelineExecutor, "slurm": SlurmPipelineExecutor}
     options = {"logging_dir": str(folder / ".tasks"), "tasks": tasks, "workers": min(settings.workers, tasks)}
     if settings.kind == "slurm":
         options["job_name"] = f"corpus-{stage}"
-    logger.remove()  # each task has its own log file in the folder; the terminal has the progress bar
     executor = kinds[settings.kind]([step], **options, **settings.options)
     with _progress(folder, tasks, stage):
-        executor.run()
+        try:
+            executor.run()
+        except Exception as error:  # of a task: any
+            raise RuntimeError(f"A task of {stage} failed: {type(error).__name__}: {error}") from error
 
 
 class _progress:

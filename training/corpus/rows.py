@@ -1,13 +1,15 @@
 """The one schema that all stages read and write, and parts: parquet files of rows, whole or not there.
 
 A row is one image with one text in one language (paper, section 2.2: an image-text pair). A stage writes each of its
-streams as a folder of parts, `<output>/<stage>/<stream>/part-00000.parquet`.
+streams as a folder of parts, `<output>/<stage>/<stream>/part-00000.parquet`; a task that does not know how many rows
+it will have writes several, `part-00000-00000.parquet`, ....
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,8 +50,16 @@ SCHEMA = pa.schema(
 )
 """`datasets.load_dataset("parquet", ...)` decodes the images of a part with it."""
 
+DROPPED = pa.schema([(name, pa.string()) for name in ("id", "source", "language", "reason", "twin")])
+"""What is left of a row that does not go on; `twin` is the id of the row that is kept instead, or null."""
+
 Row = dict[str, Any]
 _ROWS_PER_GROUP = 256  # images of about 100 kB: 25 MB held at once by a reader
+
+
+def part_path(folder: Path, task: int) -> Path:
+    """Where a task writes its part of a stream."""
+    return folder / f"part-{task:05d}.parquet"
 
 
 def parts(folder: Path) -> list[Path]:
@@ -58,10 +68,15 @@ def parts(folder: Path) -> list[Path]:
     Raises:
         ValueError: if there is none, which means that the stage before did not run or failed.
     """
-    found = sorted(folder.glob("part-*.parquet"))
+    found = sorted(folder.glob("part-*.parquet"), key=_numbers)
     if not found:
         raise ValueError(f"No parts in {folder}: run the stage that writes them first.")
     return found
+
+
+def _numbers(part: Path) -> list[int]:
+    """By number, since the hundred thousandth part has one digit more."""
+    return [int(number) for number in re.findall(r"\d+", part.stem)]
 
 
 def read_rows(part: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -118,3 +133,28 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema 
         for row in rows:
             writer.write(row)
     return writer.rows
+
+
+class RowsWriter:
+    """Writes the rows of a task as parts of at most `limit` rows each; at least one part, which may be empty."""
+
+    def __init__(self, folder: Path, task: int, limit: int):
+        self._folder, self._task, self._limit, self._number = folder, task, limit, 0
+        self._part = self._open()
+
+    def _open(self) -> PartWriter:
+        return PartWriter(self._folder / f"part-{self._task:05d}-{self._number:05d}.parquet")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Adds one row; missing columns are null."""
+        if self._part.rows == self._limit:
+            self._part.__exit__(None)
+            self._number += 1
+            self._part = self._open()
+        self._part.write(row)
+
+    def __enter__(self) -> RowsWriter:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *rest: object) -> None:
+        self._part.__exit__(failure, *rest)

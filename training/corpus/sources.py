@@ -1,47 +1,28 @@
-"""The stage "sources": every source's rows in the one schema of `training/corpus/rows.py`."""
+"""The stage "sources": every source's rows in the one schema of `training/corpus/rows.py`.
+
+    <output>/sources/rows/part-<task>-<k>.parquet     the rows, sources of high priority first
+    <output>/sources/dropped/part-<task>.parquet      what could not be read, with its reason
+
+The order of the parts is the rank of their rows among duplicates: the stage "clean" keeps the first.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-from .adapters import Adapter
+from eval.files import read_json, write_json
 
-REASONS = (
-    "no_text",  # null, or no list of texts
-    "invalid_utf8",
-    "wrong_type",  # a text that is no text, an image that is no bytes
-    "no_image",  # null or no bytes: img2dataset writes one for an address that gave none
-    "damaged_rows",  # of a row group that cannot be read, or of a damaged archive
-)
-"""Why a row of a source does not become one of ours."""
-TO_DOWNLOAD = "to_download"
-"""The outcome of a row that has an address and no image yet."""
+from . import downloads
+from .config import CorpusConfig
+from .engine import KEPT, Counts, Report, run_stage
+from .entries import REASONS, SourceSettings, rows_of
+from .reading import Slice
+from .rows import DROPPED, PartWriter, RowsWriter, part_path
 
-
-@dataclass(frozen=True)
-class SourceSettings:
-    """One source. The names of columns are the adapter's (`adapters.PUBLISHED`) unless given here."""
-
-    name: str
-    """Part of the ids of its rows: "<name>/<file>/<row>", files and rows from 0, and "/<caption>" where the text column
-    holds lists."""
-    adapter: Adapter
-    files: tuple[str, ...]
-    """Paths, globs or folders: parquet, tar, or for `urls` also .csv, .tsv and .jsonl (each also with .gz)."""
-    images: tuple[str, ...] = ()
-    """Of a source of addresses: what img2dataset wrote, parquet or tar. Then `files` are not read any more."""
-    priority: int = 0
-    """Of two equal images in one language, that of the source with the higher number is kept."""
-    image: str | None = None
-    text: str | None = None
-    url: str | None = None
-    image_id: str | None = None
-    """The column that names the image; by default each row of the source is another image."""
-    language: str | None = None
-    """"en" or "zh": of all its rows; needed unless the adapter knows it or `language_column` is given."""
-    language_column: str | None = None
-    licence: str | None = None
-    licence_column: str | None = None
+__all__ = ["REASONS", "ReadTask", "SourceSettings", "SourcesSettings", "run"]
 
 
 @dataclass(frozen=True)
@@ -51,3 +32,68 @@ class SourcesSettings:
     list: tuple[SourceSettings, ...]
     rows_per_part: int = 10_000
     """Bounds the parts, which are the tasks of the next stages."""
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.list]
+        if not names:
+            raise ValueError("sources.list is empty; name at least one source.")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"sources.list names {twice} more than once.")
+        if self.rows_per_part < 1:
+            raise ValueError(f"sources.rows_per_part is {self.rows_per_part}; at least 1.")
+
+
+def run(config: CorpusConfig) -> Report:
+    """Reads all sources. If some have only addresses yet, writes their lists, says how to download them, and stops.
+
+    Raises:
+        ValueError: for settings that cannot be meant, files that are not there, or a folder with other sources.
+        RuntimeError: if tasks failed.
+    """
+    settings = config.section("sources", SourcesSettings)
+    ranked = sorted(settings.list, key=lambda source: -source.priority)  # stable: then as in the file
+    planned = [(source, source.slices(settings.rows_per_part)) for source in ranked]
+    addresses = [(source, found) for source, found in planned if source.is_addresses]
+    if addresses:
+        return downloads.run(config, addresses)
+    folder = config.output / "sources"
+    tasks = [{"source": asdict(source), "slice": asdict(part)} for source, found in planned for part in found]
+    contents = {source.name: source.fingerprint() for source in ranked}
+    known = {"sources": ranked, "rows_per_part": settings.rows_per_part, "contents": contents}
+    task = ReadTask(folder, settings.rows_per_part)
+    return run_stage(
+        config, "sources", len(tasks), task, known, prepare=lambda: write_json(folder / "plan.json", tasks)
+    )
+
+
+@lru_cache(maxsize=1)
+def _tasks(folder: Path) -> list[dict[str, Any]]:
+    return read_json(folder / "plan.json")
+
+
+@dataclass(frozen=True)
+class ReadTask:
+    """Reads one slice of one source."""
+
+    folder: Path
+    rows_per_part: int
+
+    def __call__(self, number: int) -> Counts:
+        planned = _tasks(self.folder)[number]
+        source, part = SourceSettings(**_tupled(planned["source"])), Slice(**_tupled(planned["slice"]))
+        counts = Counts()
+        with (
+            RowsWriter(self.folder / "rows", number, self.rows_per_part) as kept,
+            PartWriter(part_path(self.folder / "dropped", number), DROPPED) as dropped,
+        ):
+            for row, reason in rows_of(source, part):
+                counts.add(source.name, row["language"], reason or KEPT)
+                if reason is None:
+                    kept.write(row)
+                else:
+                    dropped.write({**row, "reason": reason})
+        return counts
+
+
+def _tupled(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -1,0 +1,294 @@
+"""The records of a source's files, each as the file has it; what cannot be read is counted, and never fatal.
+
+Text is read as bytes: parquet files of web crawls hold strings that are no UTF-8, and pyarrow then refuses to give a
+whole batch.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+TABLES = (".parquet",)
+ARCHIVES = (".tar",)
+LISTS = tuple(kind + packed for kind in (".csv", ".tsv", ".jsonl") for packed in ("", ".gz"))
+_BATCH_ROWS = 64  # images of about 100 kB
+_MAX_FIELD = 2**20  # characters of a CSV field: a quote that never closes must not take the rest of the file
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record: an image, or the address of one, with its texts."""
+
+    row: int
+    """Its number in the file, from 0."""
+    values: Mapping[str, Any]
+    """Our name -> what the file has: bytes or str, a number, a list of these, or None."""
+    listed: bool = False
+    """Whether its text is a list of texts."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A record that cannot be read."""
+
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one task reads: a file, or some row groups of one."""
+
+    path: str
+    file: int
+    """Its number in the source."""
+    groups: tuple[int, int] | None = None
+    """First and last + 1; None: the whole file."""
+    first: int = 0
+    """The number of its first row in the file."""
+
+
+def read(part: Slice, columns: Mapping[str, str]) -> Iterator[Record | Lost]:
+    """The records of a slice, with the columns our name -> theirs."""
+    if part.path.endswith(TABLES):
+        yield from _read_parquet(part, columns)
+    elif part.path.endswith(ARCHIVES):
+        yield from _read_tar(part, columns)
+    else:
+        yield from _read_list(part, columns)
+
+
+# ---- Parquet
+
+
+def slices(path: Path, file: int, rows: int) -> list[Slice]:
+    """A file in slices of at least `rows` rows, or as few row groups as that takes; one for all but parquet."""
+    whole = [Slice(str(path), file)]
+    if path.suffix != ".parquet":
+        return whole
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowException, OSError):
+        return whole  # damaged: the task counts it
+    found, start, first, end = [], 0, 0, 0
+    for group in range(metadata.num_row_groups):
+        end += metadata.row_group(group).num_rows
+        if end - first >= rows or group == metadata.num_row_groups - 1:
+            found.append(Slice(str(path), file, (start, group + 1), first))
+            start, first = group + 1, end
+    return found or whole
+
+
+def check_columns(path: Path, columns: Mapping[str, str], source: str) -> None:
+    """Whether a parquet, CSV or TSV file has what the entry of its source says.
+
+    Raises:
+        ValueError: naming the column that is not there or of a type that cannot be meant. A file that cannot be read
+            at all is no mistake of the entry: it is counted as damaged.
+    """
+    try:
+        schema = _schema(path)
+    except (pa.ArrowException, OSError, EOFError, zlib.error, csv.Error):
+        return
+    for name, column in columns.items() if schema is not None else ():
+        if column not in schema.names:
+            raise ValueError(f"Source {source}: {path} has no column {column!r} for `{name}`; it has {schema.names}.")
+        kind = schema.field(column).type
+        if name == "image" and not _is_image(kind):
+            raise ValueError(f"Source {source}: column {column!r} of {path} is {kind}; expected bytes of images.")
+        if name == "text" and not _is_text(kind):
+            raise ValueError(f"Source {source}: column {column!r} of {path} is {kind}; expected text, or lists of it.")
+
+
+def _schema(path: Path) -> pa.Schema | None:
+    """None: every record of such a file has names of its own."""
+    if path.name.endswith(TABLES):
+        return pq.read_schema(path)
+    if path.name.endswith((*ARCHIVES, ".jsonl", ".jsonl.gz")):
+        return None
+    with _opened(path) as file:
+        return pa.schema([(name, pa.string()) for name in _csv_header(_csv_reader(file, path))])
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if _is_list(kind) or pa.types.is_dictionary(kind) else kind
+    return any(
+        test(kind)
+        for test in (
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_null,
+        )
+    )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _read_parquet(part: Slice, columns: Mapping[str, str]) -> Iterator[Record | Lost]:
+    try:
+        file = pq.ParquetFile(part.path)
+    except (pa.ArrowException, OSError):
+        yield Lost(0, "damaged_rows")  # how many there were, nobody knows
+        return
+    with file:
+        # A column that the entry names is there (`check_columns`); one that only img2dataset's lists have may not be.
+        columns = {name: column for name, column in columns.items() if column in file.schema_arrow.names}
+        names, wanted = list(columns), list(dict.fromkeys(columns.values()))
+        listed, text = _is_list(file.schema_arrow.field(columns["text"]).type), names.index("text")
+        row = part.first
+        for group in range(*(part.groups or (0, file.num_row_groups))):
+            end = row + file.metadata.row_group(group).num_rows
+            try:
+                # One thread: as many tasks run as there are cores.
+                for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=wanted, use_threads=False):
+                    cells = [_as_bytes(batch.column(columns[name])).to_pylist() for name in names]
+                    for values in zip(*cells, strict=True):
+                        yield Record(row, dict(zip(names, values, strict=True)), listed and values[text] is not None)
+                        row += 1
+            except (pa.ArrowException, OSError) as error:
+                if not _is_damage(error):
+                    raise
+            for lost in range(row, end):
+                yield Lost(lost, "damaged_rows")
+            row = end
+
+
+def _is_damage(error: Exception) -> bool:
+    """Arrow's own errors, and not those of the file system below it. Its IOError is a bare OSError."""
+    return not isinstance(error, OSError) or (type(error) is OSError and error.errno is None)
+
+
+def _as_bytes(column: pa.Array) -> pa.Array:
+    """Text as the bytes that it is in the file, a struct as its field `bytes`; everything else as it is."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.dictionary_decode(), kind.value_type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return pc.struct_field(column, "bytes")
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return column.cast(pa.large_binary())
+    if _is_list(kind) and (pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)):
+        return column.cast(pa.large_list(pa.large_binary()))
+    return column
+
+
+# ---- Tar, read by `training.shards`
+
+_NOTED = {"bad_json": "invalid_utf8"} | dict.fromkeys(
+    ("truncated_shard", "damaged_member", "unreadable_shard"), "damaged_rows"
+)
+"""What its notes mean for a record. The others lose none: of a member that is there twice the first is used, and one
+that is too large is not read, which leaves its record without an image or a text."""
+
+
+def _read_tar(part: Slice, columns: Mapping[str, str]) -> Iterator[Record | Lost]:
+    from ..shards import Fields, read_shard  # brings `datasets` along, which only tars need
+
+    reasons: list[str] = []
+
+    def note(reason: str, seen: str) -> None:
+        if reason in _NOTED:
+            wrong_json = reason == "bad_json" and "codec can't decode" not in seen
+            reasons.append("wrong_type" if wrong_json else _NOTED[reason])
+
+    row = 0
+    others = {name: column for name, column in columns.items() if name != "image"}
+    found = read_shard(part.path, 0, Fields(columns["image"], others), note)
+    while True:
+        sample = next(found, None)
+        for reason in reasons:  # of the samples before this one
+            yield Lost(row, reason)
+            row += 1
+        reasons.clear()
+        if sample is None:
+            return
+        values = {name: next(iter(cells), None) for name, cells in sample.row.captions.items()}
+        texts = sample.row.captions["text"]
+        listed = len(texts) > 1
+        yield Record(row, {**values, "image": sample.row.image, "text": texts if listed else values["text"]}, listed)
+        row += 1
+
+
+# ---- CSV, TSV and JSON lines
+
+
+def _read_list(part: Slice, columns: Mapping[str, str]) -> Iterator[Record | Lost]:
+    row = 0
+    try:
+        path = Path(part.path)
+        with _opened(path) as file:
+            rows = _json_lines(file) if ".jsonl" in path.suffixes else _csv_rows(file, path)
+            for values in rows:
+                if values is None:
+                    yield Lost(row, "wrong_type")
+                else:
+                    picked = {name: values.get(column) for name, column in columns.items()}
+                    yield Record(row, picked, isinstance(picked["text"], list))
+                row += 1
+    except (OSError, EOFError, zlib.error):  # of a damaged archive; the file itself was opened before work began
+        yield Lost(row, "damaged_rows")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        yield file
+
+
+def _json_lines(file: IO[bytes]) -> Iterator[dict[str, Any] | None]:
+    """Objects; None for a line that is none. Bytes that are no UTF-8 come out as lone surrogates."""
+    for line in file:
+        if line.strip():
+            try:
+                values = json.loads(line.decode("utf-8", "surrogateescape"))
+            except (ValueError, RecursionError):
+                values = None
+            yield values if isinstance(values, dict) else None
+
+
+def _csv_rows(file: IO[bytes], path: Path) -> Iterator[dict[str, str] | None]:
+    """Rows by the names of the first line; None for one that is no row."""
+    reader = _csv_reader(file, path)
+    header = _csv_header(reader)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield None
+            continue
+        if row:
+            yield dict(zip(header, row, strict=False))
+
+
+def _csv_reader(file: IO[bytes], path: Path) -> Iterator[list[str]]:
+    csv.field_size_limit(_MAX_FIELD)
+    lines = (line.decode("utf-8", "surrogateescape") for line in file)
+    return csv.reader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",")
+
+
+def _csv_header(reader: Iterator[list[str]]) -> list[str]:
+    return [name.lstrip("\ufeff") for name in next(reader, [])]
