@@ -45,6 +45,6 @@ function pass(source, from, to, lines) {
 
 /** RGB bytes, row by row, of width x height pixels -> the same of newWidth x newHeight (Uint8ClampedArray). */
 export function resize(rgb, width, height, newWidth, newHeight) {
-  // Each pass exchanges rows and columns, so that the second one is like the first. Equal sizes have weights of 0 and 1.
+  // Each pass exchanges rows and columns, so the second one is like the first. Equal sizes have weights of 0 and 1.
   return pass(pass(rgb, width, newWidth, height), height, newHeight, newWidth);
 }
