@@ -152,6 +152,9 @@ def has_number(text: str, number: str) -> bool:
     return any(form in text for form in forms)
 
 
+_SMALL_IN_TITLES = set("a an and as at by for from in is of on or the to vs with".split())
+
+
 def names(text: str) -> list[str]:
     """Names of people, places and brands, where they can be told: in English, capitalised words that do not begin a
     sentence, in a text that is not in capitals throughout; in Chinese, Latin words and titles in 《》."""
@@ -162,8 +165,9 @@ def names(text: str) -> list[str]:
     words = list(re.finditer(r"(?<![\w.])[^\W\d_][\w&'’-]*(?![\w]*\.\w)", text))
     inner = [word for word in words if not re.search(r"(?:^|[.!?:;|\-–—\"“(]\s*)$", text[: word.start()])]
     capital = [word.group() for word in inner if word.group()[0].isupper()]
-    # A Title Has Nearly All of Them: then they say nothing.
-    if not inner or len(capital) > 0.5 * len(inner):
+    small = {word.group() for word in inner if word.group().islower()} - _SMALL_IN_TITLES
+    # In a Title of a Page, or IN CAPITALS, they say nothing.
+    if text.lstrip("\"'“‘(")[:1].isupper() and not small:
         return []
     return [word for word in capital if word.lower() not in ("i", "i'm", "i’m")]
 
@@ -192,7 +196,7 @@ def invents(raw: str, text: str) -> bool:
         return any(f"《{name}》" in text and name not in raw for name in found)
     pairs = zip(found, found[1:], strict=False)
     return any(
-        f"{first} {second}" in text and first.lower() not in lowered and second.lower() not in lowered
+        f"{first} {second}" in text and not (first.lower() in lowered and second.lower() in lowered)
         for first, second in pairs
     )
 
