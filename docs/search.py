@@ -29,7 +29,8 @@ if not Path(args.index).exists():
     index.train(vectors), index.add(vectors)
     faiss.write_index(index, args.index)
 index = faiss.read_index(args.index)
-index.k_factor = 10  # of Refine: ten times the answers are compared again, with 8 bits
+if hasattr(index, "k_factor"):  # of Refine: ten times the answers are compared again, with 8 bits
+    index.k_factor = 10
 if index.ntotal != len(images):
     parser.error(f"{args.index} holds {index.ntotal} vectors for {len(images)} images: remove it to make it anew.")
 for query, scores, rows in zip(args.query, *index.search(model.encode(args.query), min(5, len(images))), strict=True):
