@@ -87,6 +87,10 @@ class Run:
             document = results(output, tasks)
             write_results(output, document)
             print(f"{markdown({**document, 'systems': ()})}\nwritten to {output / 'results.json'}")
+        if group is not None:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
         if failures:
             work = len(_listed(self.models)) * len(tasks)
             sys.exit(f"error: {len(failures)} of {work} could not be done; the first: {failures[0].error}")

@@ -262,7 +262,7 @@ def _check(tasks: Sequence[Task], output: Path, settings: Settings) -> None:
         raise ValueError(f"limit must be at least 1, not {settings.limit}.")
     with replaced(output / "scores" / ".writable") as beside:
         beside.write_text("")
-    (output / "scores" / ".writable").unlink()
+    (output / "scores" / ".writable").unlink(missing_ok=True)  # another process of this run may have been quicker
 
 
 def _path(output: Path, model: str, task: Task, suffix: str) -> Path:

@@ -13,6 +13,8 @@ import pytest
 import torch.distributed as dist
 
 from eval import models
+from eval.__main__ import main
+from eval.files import read_json
 from eval.known_model import KnownModel
 from eval.retrieval import evaluate_retrieval
 from eval.run import Failure, Settings, collect, run
@@ -288,4 +290,24 @@ def test_processes_share_the_work_and_the_first_writes(start, checkpoint, photos
     results = run_distributed(_share, 2, str(checkpoint), str(photos), str(tmp_path / "shared"), timeout=180)
     assert all(scores == alone and failures == [] for scores, failures in results)
     one, two = (collect(tmp_path / name)["models"][0]["tasks"][0]["benchmarks"] for name in ("out", "shared"))
+    assert one == two
+
+
+def test_torchrun_gives_the_results_of_one_process(checkpoint, photos, tmp_path):
+    """Launched for real: two processes over gloo, a table printed once, and the numbers of one process alone."""
+    arguments = ["run", "--models", f"tiny={checkpoint}", "--retrieval", photos, "--captions", "en=en", "zh=zh"]
+    arguments = [str(one) for one in [*arguments, "--batch-size", "2", "--output"]]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets"), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "eval"]
+    shared = subprocess.run(
+        [*launcher, *arguments, str(tmp_path / "two")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert shared.returncode == 0, shared.stderr
+    assert shared.stdout.count("written to") == 1 and shared.stderr.count("done: photos with tiny") == 1
+    main([*arguments, str(tmp_path / "one")])
+    one, two = (read_json(tmp_path / name / "results.json")["models"] for name in ("one", "two"))
+    for models_ in (one, two):
+        for task_ in models_[0]["tasks"]:
+            del task_["created"], task_["seconds"]
     assert one == two
