@@ -10,7 +10,7 @@ import math
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,20 +73,30 @@ def train_tokenizer(
         ValueError: for no text at all, a vocab_size that cannot hold the special tokens and the alphabet, or other
             arguments out of range.
     """
-    alphabet = sorted(set(_ALPHABET.lower() if lowercase else _ALPHABET))
-    smallest = len(SPECIAL_TOKENS) + len(alphabet)
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size must be at least {smallest} (special tokens and alphabet), got {vocab_size}.")
-    if max_length < 3 or min_character_count < 1:
-        raise ValueError(
-            f"Expected max_length >= 3 and min_character_count >= 1, got {max_length=}, {min_character_count=}."
-        )
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = _normalizer(lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(BLANK, prepend_scheme="never"), pre_tokenizers.Split(Regex(_BOUNDARIES), "isolated")]
+    _check(vocab_size, max_length, lowercase, min_character_count)  # before any text is read
+    words = count_words(texts, lowercase=lowercase)
+    return tokenizer_from_words(
+        words, vocab_size, max_length=max_length, lowercase=lowercase, min_character_count=min_character_count
     )
-    words = _count_words(texts, tokenizer)
+
+
+def tokenizer_from_words(
+    words: Mapping[str, int],
+    vocab_size: int,
+    *,
+    max_length: int = 52,
+    lowercase: bool = True,
+    min_character_count: int = 3,
+) -> PreTrainedTokenizerBase:
+    """The second half of `train_tokenizer`, for texts that were counted elsewhere, by several processes.
+
+    Args:
+        words: how often each pre-token occurs, the sum of what `count_words` with this `lowercase` gave.
+
+    Raises:
+        ValueError: as `train_tokenizer`.
+    """
+    alphabet = _check(vocab_size, max_length, lowercase, min_character_count)
     if not words:
         raise ValueError("No text to learn from: every text is empty or blank.")
     scores = _learn_pieces(words, vocab_size - len(SPECIAL_TOKENS), alphabet, min_character_count)
@@ -96,7 +106,40 @@ def train_tokenizer(
             len(scores) + len(SPECIAL_TOKENS),
             vocab_size,
         )
-    return _wrap(tokenizer, scores, max_length)
+    return _wrap(_splitter(lowercase), scores, max_length)
+
+
+def count_words(texts: Iterable[str], *, lowercase: bool = True) -> Counter[str]:
+    """How often each pre-token of the texts occurs: English words, numbers, marks, and runs of Chinese characters."""
+    tokenizer = _splitter(lowercase)
+    words: Counter[str] = Counter()
+    for text, count in Counter(texts).items():
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
+            words[word] += count
+    return words
+
+
+def _check(vocab_size: int, max_length: int, lowercase: bool, min_character_count: int) -> list[str]:
+    """The alphabet, if these arguments can be."""
+    alphabet = sorted(set(_ALPHABET.lower() if lowercase else _ALPHABET))
+    smallest = len(SPECIAL_TOKENS) + len(alphabet)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size must be at least {smallest} (special tokens and alphabet), got {vocab_size}.")
+    if max_length < 3 or min_character_count < 1:
+        raise ValueError(
+            f"Expected max_length >= 3 and min_character_count >= 1, got {max_length=}, {min_character_count=}."
+        )
+    return alphabet
+
+
+def _splitter(lowercase: bool) -> Tokenizer:
+    """Without a vocabulary: what becomes of a text before it is cut into pieces."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = _normalizer(lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(BLANK, prepend_scheme="never"), pre_tokenizers.Split(Regex(_BOUNDARIES), "isolated")]
+    )
+    return tokenizer
 
 
 def _normalizer(lowercase: bool) -> normalizers.Normalizer:
@@ -111,16 +154,7 @@ def _normalizer(lowercase: bool) -> normalizers.Normalizer:
     return normalizers.Sequence(steps)
 
 
-def _count_words(texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, int]:
-    """How often each pre-token occurs."""
-    words: Counter[str] = Counter()
-    for text, count in Counter(texts).items():
-        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
-            words[word] += count
-    return words
-
-
-def _learn_pieces(words: dict[str, int], size: int, alphabet: list[str], min_count: int) -> dict[str, float]:
+def _learn_pieces(words: Mapping[str, int], size: int, alphabet: list[str], min_count: int) -> dict[str, float]:
     """At most `size` pieces and their log-probabilities, best first.
 
     Unigram training (Kudo 2018, arXiv 1804.10959) with the best segmentation of each word in place of the expectation
@@ -144,7 +178,7 @@ def _learn_pieces(words: dict[str, int], size: int, alphabet: list[str], min_cou
     return dict(sorted(_log_probabilities(counts).items(), key=lambda item: (-item[1], item[0])))
 
 
-def _frequent_characters(words: dict[str, int], limit: int, alphabet: list[str], min_count: int) -> set[str]:
+def _frequent_characters(words: Mapping[str, int], limit: int, alphabet: list[str], min_count: int) -> set[str]:
     """The alphabet, and the most frequent other characters with at least `min_count`, `limit` at most."""
     frequency: Counter[str] = Counter()
     for word, count in words.items():
@@ -155,7 +189,7 @@ def _frequent_characters(words: dict[str, int], limit: int, alphabet: list[str],
     return {*alphabet, *others[: max(0, limit - len(alphabet))]}
 
 
-def _seed_pieces(words: dict[str, int], characters: set[str], limit: int) -> dict[str, int]:
+def _seed_pieces(words: Mapping[str, int], characters: set[str], limit: int) -> dict[str, int]:
     """All characters and the `limit` repeated substrings that cover most text, with their frequencies."""
     frequency: Counter[str] = Counter()
     for word, count in words.items():
@@ -200,7 +234,7 @@ def _entropy(counts: list[int]) -> float:
     return -math.fsum(count / total * math.log2(count / total) for count in counts)
 
 
-def _recount(words: dict[str, int], counts: dict[str, int], characters: set[str]) -> dict[str, int]:
+def _recount(words: Mapping[str, int], counts: dict[str, int], characters: set[str]) -> dict[str, int]:
     """How often each piece is used in the best segmentations under `counts`; unused pieces go, characters stay."""
     model = models.Unigram([("[UNK]", 0.0), *sorted(_log_probabilities(counts).items())], 0)
     used: Counter[str] = Counter()
