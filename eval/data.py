@@ -21,7 +21,7 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .tasks import Columns, Data
 
@@ -85,6 +85,20 @@ class Table:
         self.require(name)
         return self.rows[name][:]
 
+    def captions(self, name: str, separator: str | None = None) -> list[list[str]]:
+        """The captions of every row, see `caption_list`.
+
+        Raises:
+            ValueError: where there is no such column, or it holds something else.
+        """
+        found = []
+        for row, cell in enumerate(self.column(name)):
+            try:
+                found.append(caption_list(cell, separator))
+            except ValueError as error:
+                raise ValueError(f"{self.locate(row)}, column {name!r}: {error}") from error
+        return found
+
     def require(self, *names: str) -> None:
         """Raises ValueError for a column that the files do not have."""
         missing = [name for name in names if name not in self.rows.column_names]
@@ -111,6 +125,11 @@ class Table:
         try:
             image = Image.open(BytesIO(data) if data is not None else path)
             image.load()
+        except UnidentifiedImageError as error:
+            what = "file is" if data is None else f"{len(data)} bytes are"
+            raise ValueError(
+                f"{self.locate(row)} holds an image that cannot be decoded: its {what} of no known format."
+            ) from error
         # What PIL raises for missing, truncated, damaged and suspiciously large files.
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.locate(row)} holds an image that cannot be decoded: {error}.") from error
@@ -211,8 +230,13 @@ def caption_list(value: str | Sequence[str | None] | None, separator: str | None
 
     Args:
         separator: what parts several captions in one string.
+
+    Raises:
+        ValueError: for a cell that holds anything else, such as a number.
     """
-    captions = [value] if isinstance(value, str) else list(value or ())
+    captions = [value] if isinstance(value, str) or value is None else value
+    if not isinstance(captions, Sequence) or not all(isinstance(one, str | None) for one in captions):
+        raise ValueError(f"A caption cell must hold a string or a list of strings, not {str(value)[:80]!r}.")
     if separator is not None:
         captions = [part for caption in captions if caption for part in caption.split(separator)]
     return [caption for caption in captions if caption and caption.strip()]
@@ -300,7 +324,7 @@ def _expand(source: str) -> list[str]:
         folder = path if path.is_dir() else path.parent
         there = sorted(item.name for item in folder.iterdir())[:20] if folder.is_dir() else None
         seen = f"no folder {folder}" if there is None else f"in {folder} there is: {', '.join(there) or 'nothing'}"
-        raise ValueError(f"No parquet file at {source}; {seen}.")
+        raise ValueError(f"No {'parquet ' if path.is_dir() else ''}file at {source}; {seen}.")
     return files
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from .data import Source, Table, caption_list, open_data, open_table
+from .data import Source, Table, open_data, open_table
 from .embed import Encoder
 from .ranks import RECALL_AT, RetrievalRanks, distinct_texts, retrieval_ranks, text_equal_pairs
 from .results import Benchmark, Score
@@ -88,7 +88,7 @@ def score_retrieval(
     table.require(image_column, *captions.values())
     if not captions:
         raise ValueError("Name a caption column for each language, e.g. en=caption_en zh=caption_zh.")
-    texts = {language: [caption_list(cell) for cell in table.column(name)] for language, name in captions.items()}
+    texts = {language: table.captions(name) for language, name in captions.items()}
     for language, lists in texts.items():  # before the images are embedded, which may take hours
         if not any(lists):
             name = captions[language]
@@ -116,10 +116,7 @@ def read_captioned(task: Task, source: Source | None = None) -> Captioned:
     captions = {}
     for language in task.languages:
         own = tables.get(language, table)
-        lists = [
-            _first(caption_list(cell, columns.caption_separator), task)
-            for cell in own.column(columns.captions[language])
-        ]
+        lists = [_first(some, task) for some in own.captions(columns.captions[language], columns.caption_separator)]
         captions[language] = lists if own is table else _aligned(task, language, own, lists, ids or ())
     return Captioned(table, columns.image, captions, ids)
 

@@ -94,6 +94,9 @@ def test_captions_in_either_form():
     assert caption_list(["a", "", None, " \t", "b"]) == ["a", "b"]
     assert caption_list(None) == caption_list("  ") == caption_list([]) == []
     assert caption_list("a\n\nb", "\n") == ["a", "b"]
+    for wrong in (3, [1, 2], {"a": "b"}, b"bytes", ["a", ["b"]]):
+        with pytest.raises(ValueError, match="must hold a string or a list of strings"):
+            caption_list(wrong)
 
 
 def tar(path, samples):
@@ -192,3 +195,11 @@ def test_data_that_cannot_be_had_say_how_to_get_them(monkeypatch):
         open_data(Data("parquet", id="org/name"), Columns())
     with pytest.raises(ValueError, match=r"hf://datasets/org/name@b{40}/\* cannot be read as parquet"):
         open_data(Data("parquet", id="org/name", revision="b" * 40), Columns())
+
+
+def test_a_caption_column_of_numbers_and_a_file_of_no_format_are_named(write):
+    table = open_table([write("a.parquet", ["red", b"no image"], text=["a", "b"], label=[0, 1])])
+    with pytest.raises(ValueError, match=r"row 0 of .*a.parquet, column 'label': .* not '0'"):
+        table.captions("label")
+    with pytest.raises(ValueError, match=r"row 1 of .*a.parquet holds .*: its 8 bytes are of no known format"):
+        table.images([1])

@@ -166,7 +166,7 @@ def test_what_fails_is_reported_and_the_rest_is_done(start, said, tmp_path, phot
         "split": "No split 'test' in column 'label' of ",
         "revision": f"the data are at revision {'b' * 40}, the task pins {'a' * 40}",
         "image": f"row 1 of {broken} holds an image that cannot be decoded",
-        "nowhere": "No parquet file at ",
+        "nowhere": "No file at ",
         "absent": "no_such_package, which is not installed: pip install no_such_package",
     }.items():
         assert message in failures.pop(("tiny", name))
