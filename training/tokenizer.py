@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from .characters import BLANK, HAN
-from .data import read_captions
+from .tables import read_captions
 
 logger = logging.getLogger(__name__)
 
