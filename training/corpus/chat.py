@@ -135,11 +135,7 @@ class ChatClient:
 
     def __init__(self, settings: ServerSettings, seed: int = 0):
         self.settings, self.seed = settings, seed
-        self._key = None
-        if settings.api_key_env:
-            self._key = os.environ.get(settings.api_key_env)
-            if not self._key:
-                raise ValueError(f"The environment variable {settings.api_key_env} (api_key_env) is not set.")
+        self._key = _key_of(settings.api_key_env) if settings.api_key_env else None
         self._url = settings.url.rstrip("/") + "/chat/completions"
         self._opener = urllib.request.build_opener(_NoRedirects)
 
@@ -196,7 +192,9 @@ class ChatClient:
         try:
             self._tried(self._payload(probe))
         except _Failure as error:
-            raise self._error(error, f" (asked after a question of a row failed with: {failure})") from error
+            message = f" (asked after a question of a row failed with: {failure})"
+            # Not `from error`: its traceback has the headers, which a log that shows variables would show.
+            raise self._error(error, message) from None
 
     def _error(self, failure: _Failure, more: str = "") -> ServerError:
         return ServerError(
@@ -254,6 +252,15 @@ class ChatClient:
 
     def _hidden(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+def _key_of(variable: str) -> str:
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(f"The environment variable {variable} (api_key_env) is not set.")
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"The environment variable {variable} (api_key_env) holds what no key has, e.g. a line break.")
+    return key
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -1,6 +1,7 @@
 """Answers of a model on disk as they come, so that a run that was killed does not ask again and gives the same bytes.
 
-JSON lines, appended; a line that a kill cut off is skipped.
+JSON lines, appended; a line that a kill cut off is skipped. When the task is done its lines are sorted, since answers
+come in any order, and equal runs should leave equal files.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 import threading
 from pathlib import Path
 from typing import Any
+
+from eval.files import replaced
 
 
 class Journal:
@@ -30,8 +33,11 @@ class Journal:
             os.write(self._file, b"\n")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         os.close(self._file)
+        if failure is None:
+            with replaced(self.path) as beside:
+                beside.write_bytes(b"".join(_line(*key, self._known[key]) for key in sorted(self._known)))
 
     def find(self, row: str, key: str) -> dict[str, Any] | None:
         """The answer to the question `key` about a row, if it is known."""
@@ -39,7 +45,7 @@ class Journal:
 
     def add(self, row: str, key: str, answer: dict[str, Any]) -> None:
         """Keeps an answer. When this returns, a kill of the process does not lose it."""
-        data = json.dumps({"row": row, "key": key, "answer": answer}, ensure_ascii=False).encode() + b"\n"
+        data = _line(row, key, answer)
         with self._lock:
             if os.write(self._file, data) != len(data):
                 raise OSError(f"{self.path} could not be written to its end: is the disk full?")
@@ -53,3 +59,7 @@ class Journal:
                 self._known.setdefault(key, {"text": answer["text"], "finish": answer["finish"]})
         except (ValueError, LookupError, TypeError):
             return  # cut off by a kill, or no line at all
+
+
+def _line(row: str, key: str, answer: dict[str, Any]) -> bytes:
+    return json.dumps({"row": row, "key": key, "answer": answer}, ensure_ascii=False).encode() + b"\n"
