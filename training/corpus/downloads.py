@@ -73,9 +73,11 @@ def run(config: CorpusConfig, sources: Sequence[tuple[SourceSettings, list[Slice
         )
         counts.update(report.counts)
         print(
-            f"{source.name}: {report.counts.total(TO_DOWNLOAD)} addresses to download. Run\n\n    {command(folder)}\n\n"
-            f"(or with pipx run instead of uvx), then add to the entry of {source.name}: `images: [{folder / 'images'}]`,"
-            " and run the stage sources again.\n"
+            f"{source.name}: {report.counts.total(TO_DOWNLOAD)} addresses to download. Run\n\n"
+            f"    {command(folder)}\n\n"
+            f"(or with pipx run instead of uvx), then add to the entry of {source.name}\n\n"
+            f"    images: [{folder / 'images'}]\n\n"
+            "and run the stage sources again.\n"
         )
     return Report("downloads", len(sources), counts, {}, "")
 

@@ -33,7 +33,7 @@ class SourceSettings:
     holds lists."""
     adapter: Adapter
     files: tuple[str, ...]
-    """Paths, globs or folders: parquet, tar, or lists of addresses also as .csv, .tsv and .jsonl, each also with .gz."""
+    """Paths, globs or folders: parquet or tar; lists of addresses also .csv, .tsv and .jsonl, with or without .gz."""
     images: tuple[str, ...] = ()
     """Of a source of addresses: what img2dataset wrote, parquet or tar. Then `files` are not read any more."""
     priority: int = 0

@@ -122,6 +122,20 @@ def _schema(path: Path) -> pa.Schema | None:
         return pa.schema([(name, pa.string()) for name in _csv_header(_csv_reader(file, path))])
 
 
+def image_column(path: Path) -> str:
+    """The column of a parquet file with images: "image", or else the only one that can be.
+
+    Raises:
+        ValueError: if there is none or several.
+    """
+    schema = pq.read_schema(path)
+    kinds = {name: schema.field(name).type for name in schema.names}
+    fitting = [name for name, kind in kinds.items() if _is_image(kind) and not pa.types.is_null(kind)]
+    if "image" in fitting or len(fitting) == 1:
+        return "image" if "image" in fitting else fitting[0]
+    raise ValueError(f"{path} has {fitting or 'no columns'} with bytes of images; one must be called `image`.")
+
+
 def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
@@ -156,7 +170,9 @@ def _read_parquet(part: Slice, columns: Mapping[str, str]) -> Iterator[Record | 
         # A column that the entry names is there (`check_columns`); one that only img2dataset's lists have may not be.
         columns = {name: column for name, column in columns.items() if column in file.schema_arrow.names}
         names, wanted = list(columns), list(dict.fromkeys(columns.values()))
-        listed, text = _is_list(file.schema_arrow.field(columns["text"]).type), names.index("text")
+        listed, text = False, None
+        if "text" in columns:
+            listed, text = _is_list(file.schema_arrow.field(columns["text"]).type), names.index("text")
         row = part.first
         for group in range(*(part.groups or (0, file.num_row_groups))):
             end = row + file.metadata.row_group(group).num_rows

@@ -12,6 +12,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,19 @@ def parts(folder: Path) -> list[Path]:
     return found
 
 
+@lru_cache(maxsize=4)
+def parts_once(folder: Path, number: int) -> list[Path]:
+    """`parts`, listed once per process: for tasks, which are many. `number` parts are expected.
+
+    Raises:
+        ValueError: if there are more or fewer.
+    """
+    found = parts(folder)
+    if len(found) != number:
+        raise ValueError(f"{folder} has {len(found)} parts, not {number}: it was changed after its stage was run.")
+    return found
+
+
 def _numbers(part: Path) -> list[int]:
     """By number, since the hundred thousandth part has one digit more."""
     return [int(number) for number in re.findall(r"\d+", part.stem)]
@@ -106,6 +120,11 @@ class PartWriter:
         self.rows += 1
         if len(self._waiting) == _ROWS_PER_GROUP:
             self._flush()
+
+    def write_table(self, table: pa.Table) -> None:
+        """Adds rows that are a table already, as row groups of their own."""
+        self._file.write_table(table.cast(self.schema))
+        self.rows += len(table)
 
     def _flush(self) -> None:
         self._file.write_table(pa.Table.from_pylist(self._waiting, schema=self.schema))

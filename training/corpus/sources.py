@@ -8,7 +8,7 @@ The order of the parts is the rank of their rows among duplicates: the stage "cl
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -57,18 +57,21 @@ def run(config: CorpusConfig) -> Report:
     if addresses:
         return downloads.run(config, addresses)
     folder = config.output / "sources"
-    tasks = [{"source": asdict(source), "slice": asdict(part)} for source, found in planned for part in found]
+    tasks = [(number, part) for number, (_, found) in enumerate(planned) for part in found]
     contents = {source.name: source.fingerprint() for source in ranked}
     known = {"sources": ranked, "rows_per_part": settings.rows_per_part, "contents": contents}
-    task = ReadTask(folder, settings.rows_per_part)
-    return run_stage(
-        config, "sources", len(tasks), task, known, prepare=lambda: write_json(folder / "plan.json", tasks)
-    )
+    task = ReadTask(folder, tuple(ranked), settings.rows_per_part)
+
+    def prepare() -> None:
+        write_json(folder / "plan.json", [[number, *astuple(part)] for number, part in tasks])
+
+    return run_stage(config, "sources", len(tasks), task, known, prepare=prepare)
 
 
 @lru_cache(maxsize=1)
-def _tasks(folder: Path) -> list[dict[str, Any]]:
-    return read_json(folder / "plan.json")
+def _tasks(plan: Path, changed: int) -> list[list[Any]]:
+    """The plan, read once per process; `changed` tells it from an older one."""
+    return read_json(plan)
 
 
 @dataclass(frozen=True)
@@ -76,24 +79,21 @@ class ReadTask:
     """Reads one slice of one source."""
 
     folder: Path
+    sources: tuple[SourceSettings, ...]
     rows_per_part: int
 
     def __call__(self, number: int) -> Counts:
-        planned = _tasks(self.folder)[number]
-        source, part = SourceSettings(**_tupled(planned["source"])), Slice(**_tupled(planned["slice"]))
-        counts = Counts()
+        plan = self.folder / "plan.json"
+        place, *part = _tasks(plan, plan.stat().st_mtime_ns)[number]
+        source, counts = self.sources[place], Counts()
         with (
             RowsWriter(self.folder / "rows", number, self.rows_per_part) as kept,
             PartWriter(part_path(self.folder / "dropped", number), DROPPED) as dropped,
         ):
-            for row, reason in rows_of(source, part):
+            for row, reason in rows_of(source, Slice(*part)):
                 counts.add(source.name, row["language"], reason or KEPT)
                 if reason is None:
                     kept.write(row)
                 else:
                     dropped.write({**row, "reason": reason})
         return counts
-
-
-def _tupled(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
