@@ -302,6 +302,7 @@ CHANGEABLE = (
     "resume",
     "log_every",
     "trackers",
+    "push_",
     "gradient_checkpointing",
     "data.files",
     "data.num_workers",

@@ -18,6 +18,7 @@ from modeling_m2encoder import M2EncoderConfig
 from .bank import BankPlan
 from .images import Augmentation
 from .masking import MaskingConfig
+from .publish import check_repo_id
 from .schedule import Phase, ScheduleConfig, plan_banks, plan_phases
 from .sharding import ShardingConfig
 
@@ -178,6 +179,10 @@ class PretrainConfig:
     log_every: int = 10
     trackers: tuple[str, ...] = ()
     """Accelerate trackers beside `log.jsonl`, e.g. tensorboard, wandb, trackio."""
+    push_to_hub: str | None = None
+    """Publish the finished model there, NAMESPACE/NAME, as `python -m conversion.push` does."""
+    push_private: bool = False
+    """Make that repository a private one."""
 
     def check(self, num_processes: int, gpus_per_node: int = 1) -> tuple[tuple[Phase, ...], tuple[BankPlan, ...]]:
         """Refuses impossible settings before anything is written; gives the phases of the run and the bank of each.
@@ -207,6 +212,8 @@ class PretrainConfig:
             )
         if self.evaluation.every and not (self.evaluation.scenes or self.evaluation.retrieval):
             raise ValueError("evaluation.every needs data: --evaluation.scenes DIR or --evaluation.retrieval FILES.")
+        if self.push_to_hub is not None:
+            check_repo_id(self.push_to_hub)
         if self.checkpoint.every < 0 or self.checkpoint.keep < 1:
             raise ValueError(
                 "checkpoint.every must be 0 or more and checkpoint.keep 1 or more, got "

@@ -46,6 +46,7 @@ from .checkpoint import check_settings, export, find_checkpoint, forget_later, l
 from .configs import PRESETS, ObjectiveConfig, PretrainConfig, flat_settings
 from .flops import training_flops
 from .optim import warmup_cosine
+from .publish import publish
 from .run_log import RunLog
 from .schedule import Phase, phase_at
 from .sharding import Distributed
@@ -127,6 +128,8 @@ def pretrain(config: PretrainConfig) -> Path:
     accelerator.end_training()
     if lock:
         lock.close()
+    if config.push_to_hub and accelerator.is_main_process:
+        publish(folder, config.push_to_hub, private=config.push_private)
     return folder
 
 
