@@ -134,12 +134,10 @@ def rows_of(source: SourceSettings, part: Slice) -> Iterator[tuple[Row, str | No
         base |= _facts(record, published, f"{part.file}/{record.row}")
         missing = is_there(record.values, base)
         texts = record.values["text"] if record.listed else [record.values["text"]]
-        for place, text in enumerate(texts):
+        for place, text in enumerate(texts or [None]):
             row = {**base, "id": f"{id}/{place}"} if record.listed else base
             text, reason = as_text(text)
             yield {**row, "text": text}, missing or reason
-        if not texts:
-            yield base, "no_text"
 
 
 def _facts(record: Record, published: Published, place: str) -> Row:
