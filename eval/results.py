@@ -9,6 +9,8 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,8 +163,9 @@ def read_samples(path: Path) -> list[dict[str, tuple[Sample, ...]]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable file of counts: {error}. Delete it and run again.") from error
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        # Not what numpy says, which is how to load a pickle nevertheless.
+        raise ValueError(f"{path} is not a readable file of counts. Delete it and run again.") from error
     found: dict[int, dict[str, list[Sample]]] = {}
     for name in arrays:
         b, kind, *rest = name.split("/")

@@ -140,6 +140,8 @@ def collect(output: Path) -> dict[str, Any]:
     failures = []
     for path in sorted((output / "scores").glob("*/*.json")):
         document = read_json(path)
+        if not isinstance(document, dict):
+            raise ValueError(f"{path} is not a file of scores. Delete it and run again.")
         if path.name.endswith(".failed.json"):
             failures.append(document)
             continue
@@ -256,6 +258,8 @@ def _check(tasks: Sequence[Task], output: Path, settings: Settings) -> None:
     unused = sorted(set(settings.sources) - {task.name for task in tasks})
     if unused:
         raise ValueError(f"--data names {', '.join(unused)}, but the tasks are {', '.join(t.name for t in tasks)}.")
+    if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
+        raise ValueError(f"--data-dir {settings.data_dir} is no folder.")
     if settings.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {settings.batch_size}.")
     if settings.limit is not None and settings.limit < 1:

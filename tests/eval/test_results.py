@@ -58,7 +58,9 @@ def test_samples_come_back_and_compare_as_before(tmp_path):
 
 def test_a_damaged_file_of_counts_is_named(tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"no zip")
-    for name in ("bad.npz", "none.npz"):
+    (tmp_path / "half.npz").write_bytes(b"PK\x03\x04 and no more")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for name in ("bad.npz", "half.npz", "empty.npz", "none.npz"):
         with pytest.raises(ValueError, match=f"{name} is not a readable file of counts"):
             read_samples(tmp_path / name)
     (tmp_path / "bad.json").write_text("{")

@@ -226,8 +226,15 @@ def test_mistakes_in_the_command_are_named(start, checkpoint, tmp_path):
         start(one, limit=0)
     with pytest.raises(ValueError, match="Name at least one model"):
         run([], one, tmp_path / "out", Settings())
+    with pytest.raises(ValueError, match="--data-dir .*none is no folder"):
+        start(one, data_dir=str(tmp_path / "none"))
     with pytest.raises(ValueError, match="No scores in"):
         collect(tmp_path / "empty")
+    damaged = tmp_path / "out" / "scores" / "tiny" / "first.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("[]")
+    with pytest.raises(ValueError, match="first.json is not a file of scores"):
+        collect(tmp_path / "out")
 
 
 COMMAND = """
