@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 OUT    ?= runs/quickstart
+PORT   ?= 7860
+EXAMPLES ?= 红色的圆形|a red circle;蓝色的圆形|a blue circle;三颗黄色的星星|three yellow stars;红色的圆在蓝色方块的左边|a red circle to the left of a blue square
 
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart demo test lint clean
 
 help:
 	@echo "make quickstart  set up, draw scenes, pretrain nano, evaluate, search: about 10 minutes on 2 CPU cores"
+	@echo "make demo        a page to search, classify and compare languages in, with the model of the quickstart; PORT=7860"
 	@echo "make test        set up, check style, run the tests"
 	@echo "make clean       remove runs/ and build output (the environment stays)"
 
@@ -19,6 +22,10 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval]"
 	touch $@
 
+$(VENV)/.installed-demo: $(VENV)/.installed
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[demo]"
+	touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval,export,search,corpus,corpus-ray,demo,dev]"
 	# What LAMB is compared with; its dependencies would bring torchvision, and its optimizers need only torch.
@@ -27,6 +34,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 quickstart: install
 	OUT=$(OUT) PYTHON=$(RUN) bash training/launch/quickstart.sh
+
+# Searches 8,000 scenes that the model was not trained on: another seed than the quickstart's.
+demo: $(VENV)/.installed-demo
+	@test -e $(OUT)/nano/model || { echo "There is no model in $(OUT)/nano/model yet: run 'make quickstart' first."; exit 1; }
+	@test -e $(OUT)/demo/scenes || $(RUN) -m training.scenes $(OUT)/demo/scenes --seed 1 --validation 8000 \
+	  --train 4 --twins 2 --test 100 --task-size 10
+	@PORT=$(PORT) EXAMPLES="$(EXAMPLES)" $(RUN) model_cards/space/app.py --model $(OUT)/nano/model \
+	  --data $(OUT)/demo/scenes:validation --index $(OUT)/demo/index
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

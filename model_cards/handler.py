@@ -267,7 +267,7 @@ class EndpointHandler:
 
     def _labels(self, labels: Any) -> list[str]:
         if isinstance(labels, str):  # a query string has no lists
-            labels = [label.strip() for label in re.split("[,,、]", self._text(labels, "candidate_labels"))]
+            labels = [label.strip() for label in re.split("[,\uff0c\u3001]", self._text(labels, "candidate_labels"))]
         if not isinstance(labels, (list, tuple)) or not labels:
             raise RequestError(f"candidate_labels must be a list of texts, not {_seen(labels)}.")
         if len(labels) > self.limits.max_texts:

@@ -110,7 +110,7 @@ def test_labels_in_one_text(handler, images):
     """As query strings have them; with the commas of both languages."""
     answers = [
         handler({"inputs": images[0], "parameters": {"candidate_labels": labels}})
-        for labels in (LABELS, "红色的圆,蓝色方块, 黄色星星", "红色的圆,蓝色方块、黄色星星")
+        for labels in (LABELS, "红色的圆, 蓝色方块,黄色星星", "红色的圆\uff0c蓝色方块\u3001黄色星星")
     ]
     assert answers[0] == answers[1] == answers[2]
 
