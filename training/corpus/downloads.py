@@ -72,6 +72,9 @@ def run(config: CorpusConfig, sources: Sequence[tuple[SourceSettings, list[Slice
             config, f"downloads/{source.name}", len(found), ListTask(folder, source, tuple(found)), known
         )
         counts.update(report.counts)
+        if not report.counts.total(TO_DOWNLOAD):
+            print(f"{source.name}: no address to download, of {report.counts.outcomes()}.")
+            continue
         print(
             f"{source.name}: {report.counts.total(TO_DOWNLOAD)} addresses to download. Run\n\n"
             f"    {command(folder)}\n\n"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import re
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .adapters import DOWNLOADED, PUBLISHED, Adapter, Published
-from .reading import ARCHIVES, LISTS, TABLES, Lost, Record, Slice, check_columns, read, slices
+from .reading import ARCHIVES, LISTS, TABLES, Lost, Record, Slice, check_columns, is_kind, read, slices
 from .rows import Row
 
 REASONS = (
@@ -18,7 +20,8 @@ REASONS = (
     "invalid_utf8",
     "wrong_type",  # a text that is no text, a line that is no record
     "no_image",  # null or no bytes: img2dataset writes one for an address that gave none
-    "no_url",  # of a list of addresses
+    "no_url",  # of a list of addresses: none that begins with http:// or https://
+    "other_language",  # the column of languages says neither English nor Chinese
     "damaged_rows",  # of a row group or an archive that cannot be read; one for a file that is no parquet file at all
 )
 """Why a row of a source does not become one of ours."""
@@ -30,7 +33,7 @@ class SourceSettings:
 
     name: str
     """Begins the ids of its rows: "<name>/<file>/<row>", files and rows from 0, and "/<text>" where the text column
-    holds lists."""
+    holds lists (in a tar: where a record has several)."""
     adapter: Adapter
     files: tuple[str, ...]
     """Paths, globs or folders: parquet or tar; lists of addresses also .csv, .tsv and .jsonl, with or without .gz."""
@@ -105,19 +108,22 @@ class _Constants:
     licence: str | None
 
 
+_KINDS = (ARCHIVES, TABLES, LISTS)
+
+
 def _matches(pattern: str, source: str) -> Iterator[Path]:
     path = Path(pattern)
     if path.is_dir():
         # img2dataset writes beside each tar a parquet file with all but the images.
-        found = sorted(path.glob("*.tar")) or sorted(path.glob("*.parquet"))
-        found = found or sorted(file for file in path.iterdir() if file.name.endswith(LISTS))
+        inside = sorted(file for file in path.iterdir() if file.is_file())
+        found = next(filter(None, ([file for file in inside if is_kind(file, kind)] for kind in _KINDS)), [])
     else:
         found = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
     if not found:
         raise ValueError(f"Source {source}: no file matches {pattern!r} (seen from {Path.cwd()}).")
     for file in found:
-        if not file.name.endswith((*TABLES, *ARCHIVES, *LISTS)):
-            raise ValueError(f"Source {source}: {file} is none of {', '.join((*TABLES, *ARCHIVES, *LISTS))}.")
+        if not is_kind(file, sum(_KINDS, ())):
+            raise ValueError(f"Source {source}: {file} is none of {', '.join(sum(_KINDS, ()))}.")
     yield from found
 
 
@@ -127,33 +133,43 @@ def rows_of(source: SourceSettings, part: Slice) -> Iterator[tuple[Row, str | No
     is_there = _has_image if published.image is not None else _has_url
     for record in read(part, published.columns()):
         id = f"{source.name}/{part.file}/{record.row}"
-        base: Row = {"id": id, "source": source.name, "language": published.language or "unknown"}
+        base: Row = {"id": id, "source": source.name, "language": published.language or "other"}
         if isinstance(record, Lost):
             yield base, record.reason
             continue
         base |= _facts(record, published, f"{part.file}/{record.row}")
         missing = is_there(record.values, base)
+        wrong = "other_language" if base["language"] == "other" else None
         texts = record.values["text"] if record.listed else [record.values["text"]]
         for place, text in enumerate(texts or [None]):
             row = {**base, "id": f"{id}/{place}"} if record.listed else base
             text, reason = as_text(text)
-            yield {**row, "text": text}, missing or reason
+            yield {**row, "text": text}, missing or reason or wrong
 
 
 def _facts(record: Record, published: Published, place: str) -> Row:
     def text(name: str) -> str | None:
         value = record.values.get(name)
-        found = as_text(str(value) if isinstance(value, (int, float)) else value)[0]
-        return found.strip() or None if found else None
+        return as_text(str(value) if isinstance(value, (int, float)) else value)[0] or None
 
-    licence = text("licence")
+    licence, said = text("licence"), text("language")
     return {
         "image_id": text("image_id") or place,
         "url": text("url"),
-        "language": text("language") or published.language or "unknown",
+        "language": (known_language(said) if said else published.language) or "other",
         "licence": licence if licence not in (None, "?") else published.licence,  # LAION's "?": not known
         "origin": "raw",
     }
+
+
+_BLANKS = string.whitespace + "\ufeff\u00a0\u2028\u2029\u3000"  # with the mark that some editors begin files with
+_LANGUAGES = {"en": ("en", "eng", "english"), "zh": ("zh", "zho", "chi", "cmn", "chinese")}
+
+
+def known_language(name: str | None) -> str | None:
+    """ "en" or "zh" for their names and codes ("EN", "zh-CN", "eng_Latn", "Chinese"), otherwise None."""
+    first = re.split(r"[-_ ]", (name or "").lower())[0]
+    return next((language for language, names in _LANGUAGES.items() if first in names), None)
 
 
 def _has_image(values: Any, row: Row) -> str | None:
@@ -168,19 +184,20 @@ def _has_image(values: Any, row: Row) -> str | None:
 
 
 def _has_url(values: Any, row: Row) -> str | None:
-    return None if row["url"] else "no_url"
+    # img2dataset opens what it is given, file:///etc/passwd too.
+    return None if row["url"] and re.match("https?://", row["url"], re.IGNORECASE) else "no_url"
 
 
 def as_text(value: Any) -> tuple[str | None, str | None]:
-    """A text of a source, or None with the reason why it is none."""
+    """A text of a source without blanks at its ends, or None with the reason why it is none."""
     if value is None:
         return None, "no_text"
     try:
         if isinstance(value, bytes):
-            return value.decode("utf-8"), None
+            return value.decode("utf-8").strip(_BLANKS), None
         if isinstance(value, str):
             value.encode("utf-8")  # a lone surrogate stands for a byte that is no UTF-8
-            return value, None
+            return value.strip(_BLANKS), None
     except UnicodeError:
         return None, "invalid_utf8"
     return None, "wrong_type"

@@ -32,7 +32,8 @@ def guard_files(patterns: Sequence[str]) -> list[Path]:
     """The files that a guard list names: parquet, tar and images; of folders all that are in them, at any depth.
 
     Raises:
-        ValueError: for a name that stands for none.
+        ValueError: for a name that stands for none, or a parquet file without images: a benchmark that is not read
+            is not kept out.
     """
     found: list[Path] = []
     for pattern in patterns:
@@ -46,13 +47,16 @@ def guard_files(patterns: Sequence[str]) -> list[Path]:
             )
         found += files
     for file in found:
-        if file.suffix == ".parquet" and not _is_signatures(file):
+        if file.suffix.lower() == ".parquet" and not _is_signatures(file):
             image_column(file)
     return found
 
 
 def _is_signatures(file: Path) -> bool:
-    return set(SIGNATURES.names) <= set(pq.read_schema(file).names)
+    try:
+        return set(SIGNATURES.names) <= set(pq.read_schema(file).names)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"clean.guard: {file} is no readable parquet file: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,13 @@ def _images(file: Path) -> Iterator[bytes | None | dict[str, Any]]:
     """Encoded images, or signatures."""
     if file.suffix.lower() in _PICTURES:
         yield file.read_bytes()
-    elif file.suffix == ".parquet" and _is_signatures(file):
+    elif file.suffix.lower() == ".parquet" and _is_signatures(file):
         for batch in pq.ParquetFile(file).iter_batches(columns=SIGNATURES.names):
             yield from batch.to_pylist()
     else:
-        columns = {"image": image_column(file)} if file.suffix == ".parquet" else {"image": "jpg", "text": "txt"}
+        columns = (
+            {"image": image_column(file)} if file.suffix.lower() == ".parquet" else {"image": "jpg", "text": "txt"}
+        )
         for record in read(Slice(str(file), 0), columns):
             yield None if isinstance(record, Lost) else record.values["image"]
 

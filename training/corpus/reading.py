@@ -10,11 +10,12 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,7 +25,8 @@ TABLES = (".parquet",)
 ARCHIVES = (".tar",)
 LISTS = tuple(kind + packed for kind in (".csv", ".tsv", ".jsonl") for packed in ("", ".gz"))
 _BATCH_ROWS = 64  # images of about 100 kB
-_MAX_FIELD = 2**20  # characters of a CSV field: a quote that never closes must not take the rest of the file
+_MAX_FIELD = 2**20  # characters of a CSV field
+_MAX_LINES = 20  # of a record
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,17 @@ class Slice:
 
 def read(part: Slice, columns: Mapping[str, str]) -> Iterator[Record | Lost]:
     """The records of a slice, with the columns our name -> theirs."""
-    if part.path.endswith(TABLES):
+    if is_kind(part.path, TABLES):
         yield from _read_parquet(part, columns)
-    elif part.path.endswith(ARCHIVES):
+    elif is_kind(part.path, ARCHIVES):
         yield from _read_tar(part, columns)
     else:
         yield from _read_list(part, columns)
+
+
+def is_kind(path: str | Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is of a kind, by its name."""
+    return str(path).lower().endswith(suffixes)
 
 
 # ---- Parquet
@@ -76,7 +83,7 @@ def read(part: Slice, columns: Mapping[str, str]) -> Iterator[Record | Lost]:
 def slices(path: Path, file: int, rows: int) -> list[Slice]:
     """A file in slices of at least `rows` rows, or as few row groups as that takes; one for all but parquet."""
     whole = [Slice(str(path), file)]
-    if path.suffix != ".parquet":
+    if not is_kind(path, TABLES):
         return whole
     try:
         metadata = pq.read_metadata(path)
@@ -114,12 +121,15 @@ def check_columns(path: Path, columns: Mapping[str, str], source: str) -> None:
 
 def _schema(path: Path) -> pa.Schema | None:
     """None: every record of such a file has names of its own."""
-    if path.name.endswith(TABLES):
+    if is_kind(path, TABLES):
         return pq.read_schema(path)
-    if path.name.endswith((*ARCHIVES, ".jsonl", ".jsonl.gz")):
+    if is_kind(path, (*ARCHIVES, ".jsonl", ".jsonl.gz")):
         return None
     with _opened(path) as file:
-        return pa.schema([(name, pa.string()) for name in _csv_header(_csv_reader(file, path))])
+        header = next(_csv_records(file, path), None) or []
+    if any("\0" in name or not name.isprintable() for name in header):
+        raise ValueError(f"{path} does not begin with a line of column names in UTF-8: {header!r:.100}.")
+    return pa.schema([(name, pa.string()) for name in header])
 
 
 def image_column(path: Path) -> str:
@@ -139,21 +149,20 @@ def image_column(path: Path) -> str:
 def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
+    return _is_binary(kind) or pa.types.is_null(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if _is_list(kind) or pa.types.is_dictionary(kind) else kind
-    return any(
-        test(kind)
-        for test in (
-            pa.types.is_string,
-            pa.types.is_large_string,
-            pa.types.is_binary,
-            pa.types.is_large_binary,
-            pa.types.is_null,
-        )
-    )
+    return _is_string(kind) or _is_binary(kind) or pa.types.is_null(kind)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -203,9 +212,9 @@ def _as_bytes(column: pa.Array) -> pa.Array:
         column, kind = column.dictionary_decode(), kind.value_type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         return pc.struct_field(column, "bytes")
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if _is_string(kind):
         return column.cast(pa.large_binary())
-    if _is_list(kind) and (pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)):
+    if _is_list(kind) and _is_string(kind.value_type):
         return column.cast(pa.large_list(pa.large_binary()))
     return column
 
@@ -247,16 +256,14 @@ def _read_tar(part: Slice, columns: Mapping[str, str]) -> Iterator[Record | Lost
         row += 1
 
 
-# ---- CSV, TSV and JSON lines
+# ---- CSV, TSV and JSON lines: text in which bytes that are no UTF-8 are lone surrogates
 
 
 def _read_list(part: Slice, columns: Mapping[str, str]) -> Iterator[Record | Lost]:
-    row = 0
+    row, path = 0, Path(part.path)
     try:
-        path = Path(part.path)
         with _opened(path) as file:
-            rows = _json_lines(file) if ".jsonl" in path.suffixes else _csv_rows(file, path)
-            for values in rows:
+            for values in _json_lines(file) if is_kind(path, (".jsonl", ".jsonl.gz")) else _csv_rows(file, path):
                 if values is None:
                     yield Lost(row, "wrong_type")
                 else:
@@ -268,43 +275,64 @@ def _read_list(part: Slice, columns: Mapping[str, str]) -> Iterator[Record | Los
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+def _opened(path: Path) -> Iterator[TextIO]:
+    open_ = gzip.open if is_kind(path, (".gz",)) else open
+    with open_(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
         yield file
 
 
-def _json_lines(file: IO[bytes]) -> Iterator[dict[str, Any] | None]:
-    """Objects; None for a line that is none. Bytes that are no UTF-8 come out as lone surrogates."""
+def _json_lines(file: TextIO) -> Iterator[dict[str, Any] | None]:
+    """Objects; None for a line that is none."""
     for line in file:
         if line.strip():
             try:
-                values = json.loads(line.decode("utf-8", "surrogateescape"))
+                values = json.loads(line)
             except (ValueError, RecursionError):
                 values = None
             yield values if isinstance(values, dict) else None
 
 
-def _csv_rows(file: IO[bytes], path: Path) -> Iterator[dict[str, str] | None]:
+def _csv_rows(file: TextIO, path: Path) -> Iterator[dict[str, str] | None]:
     """Rows by the names of the first line; None for one that is no row."""
-    reader = _csv_reader(file, path)
-    header = _csv_header(reader)
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
+    records = _csv_records(file, path)
+    header = next(records, None)
+    for record in records:
+        if record is None or header is None:
             yield None
-            continue
-        if row:
-            yield dict(zip(header, row, strict=False))
+        elif record:
+            yield dict(zip(header, record, strict=False))
 
 
-def _csv_reader(file: IO[bytes], path: Path) -> Iterator[list[str]]:
+def _csv_records(lines: Iterator[str], path: Path) -> Iterator[list[str] | None]:
+    """The fields of each record. Tabs separate without quotes, as in all such lists of addresses.
+
+    A quote that does not close within some lines is a sign of the text: that line is taken without quotes, and the
+    others are read again, so that one stray quote does not take the rows after it.
+    """
     csv.field_size_limit(_MAX_FIELD)
-    lines = (line.decode("utf-8", "surrogateescape") for line in file)
-    return csv.reader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",")
+    if is_kind(path, (".tsv", ".tsv.gz")):
+        yield from (_fields([line], delimiter="\t", quoting=csv.QUOTE_NONE) for line in lines)
+        return
+    waiting: deque[str] = deque()
+    while True:
+        taken: list[str] = []
+
+        def some(taken: list[str] = taken) -> Iterator[str]:
+            while len(taken) < _MAX_LINES and (line := waiting.popleft() if waiting else next(lines, None)) is not None:
+                taken.append(line)
+                yield line
+
+        fields = _fields(some(), strict=True)
+        if not taken:
+            return
+        if fields is None:
+            waiting.extendleft(reversed(taken[1:]))
+            fields = _fields(taken[:1], quoting=csv.QUOTE_NONE)
+        yield fields
 
 
-def _csv_header(reader: Iterator[list[str]]) -> list[str]:
-    return [name.lstrip("\ufeff") for name in next(reader, [])]
+def _fields(lines: Iterable[str], **options: Any) -> list[str] | None:
+    try:
+        return next(csv.reader(lines, **options), None)
+    except csv.Error:
+        return None
