@@ -43,7 +43,7 @@ class ShardsSettings:
 
     format: Literal["parquet", "tar", "both"] = "parquet"
     bytes: int = 2**28
-    """Of the largest shard: images and texts. A worker holds `SHARDS_PER_BUCKET` times as much."""
+    """Of the largest shard: images and texts. A worker needs about ten times as much memory."""
     zh_share: float | None = None
     """Share of Chinese among the pairs (BM-6B: half, 3 G of 6 G); the language with too many loses some, chosen by a
     hash. None keeps all."""
