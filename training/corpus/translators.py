@@ -161,9 +161,12 @@ def _set_languages(settings: TranslationModel, config: Any, tokenizer: Any) -> i
     kind = "nllb" if "nllb" in type(tokenizer).__name__.lower() else config.model_type
     if (codes := settings.languages or _LANGUAGES.get(kind)) is None:
         raise ValueError(f"{settings.model} is a {config.model_type!r} of many languages; name them in `languages`.")
-    tokenizer.src_lang, tokenizer.tgt_lang = codes
-    code = tokenizer.get_lang_id(codes[1]) if hasattr(tokenizer, "get_lang_id") else None
-    target = tokenizer.convert_tokens_to_ids(codes[1]) if code is None else code
+    try:
+        tokenizer.src_lang, tokenizer.tgt_lang = codes
+        own = tokenizer.get_lang_id if hasattr(tokenizer, "get_lang_id") else tokenizer.convert_tokens_to_ids
+        target = own(codes[1])
+    except KeyError:
+        target = None
     if target is None or target == tokenizer.unk_token_id:
-        raise ValueError(f"{settings.model} does not know the language {codes[1]!r}.")
+        raise ValueError(f"{settings.model} does not know the languages {codes[0]!r} and {codes[1]!r}.")
     return target
