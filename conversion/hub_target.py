@@ -71,9 +71,25 @@ class Target:
         self.api, self.repo_id, self.revision, self.token = api, repo_id, revision, token
         self.url = f"{api.endpoint}/{repo_id}"
 
+    def look(self, private: bool) -> Any:
+        """What there is: the repository's info, or None.
+
+        Raises:
+            ValueError: for a public one that is to be private.
+        """
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        info = self._call(self.api.model_info, self.repo_id, default_for=(RepositoryNotFoundError,))
+        if info is not None and private and not info.private:
+            raise ValueError(
+                f"{self.url} is public already: make it private in its settings first, or leave out private."
+            )
+        return info
+
     def push(
         self,
         staged: Path,
+        info: Any,
         why: str,
         private: bool,
         tag: str | None,
@@ -81,7 +97,7 @@ class Target:
         message: str | None,
         dry_run: bool,
     ) -> Pushed:
-        info = self._repository(private)
+        """What `look` has not refused: says what would change, and changes it unless it is a dry run."""
         files = self.plan(staged, info)
         self._check_tag(tag, info, files)
         if dry_run:
@@ -95,17 +111,6 @@ class Target:
         if tag:
             self._call(self.api.create_tag, self.repo_id, tag=tag, revision=commit, exist_ok=True)
         return Pushed(self.url, commit, files, why)
-
-    def _repository(self, private: bool) -> Any:
-        """What there is: the repository's info, or None."""
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        info = self._call(self.api.model_info, self.repo_id, default_for=(RepositoryNotFoundError,))
-        if info is not None and private and not info.private:
-            raise ValueError(
-                f"{self.url} is public already: make it private in its settings first, or leave out private."
-            )
-        return info
 
     def plan(self, staged: Path, info: Any) -> tuple[PlannedFile, ...]:
         """Every file of the folder, and every one that has to leave the repository, with what happens to it."""

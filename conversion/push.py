@@ -84,10 +84,11 @@ def push(
     token = token or get_token()
     api = HfApi(token=token or False)
     with redacted_logs(token), _staged(Path(folder), repo_id, card, results, cosines, token) as (staged, why):
+        target = Target(api, repo_id, revision, token)
+        info = target.look(private)  # first, since loading takes a while and the Hub may refuse
         if load_check:
             check_loads(staged)
-        target = Target(api, repo_id, revision, token)
-        return target.push(staged, why, private, tag, create_pr, message, dry_run)
+        return target.push(staged, info, why, private, tag, create_pr, message, dry_run)
 
 
 # ---- What goes

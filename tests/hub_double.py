@@ -46,6 +46,8 @@ class HubDouble:
 
     def __init__(self, root: Path, token: str = "hf_dummy", read_token: str = "hf_dummy_read") -> None:
         self.store = Store(root)
+        self.xet_root = root / "xet"
+        """Where hf_xet puts what it uploads, in its own form (see `Store.trusted`)."""
         self.tokens = {token: "write", read_token: "read"}
         self.token = token
         self.log: list[tuple[str, str]] = []
@@ -131,7 +133,9 @@ class HubDouble:
         self._dies_at = self.lfs_bytes + lfs_bytes
 
     def revive(self) -> None:
+        """Ends every fault."""
         self.dead, self._dies_at = False, None
+        self._faults.clear()
 
     def take_fault(self, method: str, path: str) -> Fault | None:
         with self.lock:

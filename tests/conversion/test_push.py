@@ -156,6 +156,22 @@ def test_a_commit_that_failed_needs_no_second_upload(folder, hub):
     assert len(hub.lfs_uploads) == 1 and len(hub.commits(REPO)) == 2
 
 
+def test_uploads_by_xet_which_is_the_default_go_on_too(folder, hub, monkeypatch):
+    """hf_xet cuts files into chunks and sends those that are not there yet; the Hub is a folder to it here."""
+    pytest.importorskip("hf_xet", reason="the other way of uploading is tested above")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.fail("/commit/", status=500, times=99)
+    with pytest.raises(PushError, match="500"):
+        publish(folder)
+    sent = sum(path.stat().st_size for path in hub.xet_root.rglob("xorbs/default.*"))
+    assert sent > 100_000 and len(hub.commits(REPO)) == 1  # compressed
+    hub.revive()
+    publish(folder)
+    assert sum(path.stat().st_size for path in hub.xet_root.rglob("xorbs/default.*")) == sent
+    assert not publish(folder).changed and len(hub.commits(REPO)) == 2
+    assert not hub.lfs_uploads and hub.repo(REPO).resolve("main").files["model.safetensors"].lfs
+
+
 def test_passing_faults_are_tried_again(folder, hub):
     hub.fail("/preupload/", status=503, times=2)
     hub.fail("/objects/batch", status=429, times=1, headers={"Retry-After": "0"})

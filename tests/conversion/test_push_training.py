@@ -58,7 +58,7 @@ def test_a_push_that_fails_loses_no_model_and_says_how_to_go_on(hub, model, proc
     (tmp_path / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(nano_smoke())))
     monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher leaves it
     monkeypatch.setenv("RANK", "0")
-    hub.fail("/api/repos/create", status=403, times=99)
+    hub.fail("/api/models/", status=403, times=99)
     assert not publish(folder, REPO, private=True)
     said = capfd.readouterr().err
     assert "the Hub answered 403" in said and "lacks the right to write" in said
