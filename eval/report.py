@@ -21,7 +21,7 @@ from .files import slug, write_json, write_text
 from .run import collect
 from .systems import systems
 from .tables import markdown
-from .tasks import Task, load_task, task_names
+from .tasks import Task, load_task, select_tasks, task_names
 
 TASK_TYPES = {
     "retrieval": ("image-text-retrieval", "Image-text retrieval"),
@@ -143,8 +143,15 @@ def eval_results(model: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _others(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The systems of the comparison that were not run here: why, and numbers that belong to no task of ours."""
+    """The systems of the comparison that were not run here: why, and all numbers of them that were published: those of
+    every task, scored here or not, and those that belong to no task of ours."""
     ran = {model["name"] for model in document["models"]}
+    of_tasks: dict[str, list[dict[str, Any]]] = {}
+    for task in select_tasks(["all"]):
+        for entry in task.published:
+            what = f"{task.name}, {entry.language}: {entry.metric}"
+            number = {"what": what, "value": entry.value, "source": entry.source, "note": entry.note}
+            of_tasks.setdefault(entry.system, []).append({**number, "task": task.name})
     return [
         {
             "name": system.name,
@@ -155,7 +162,10 @@ def _others(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             "why": system.published_only or f"not run here ({system.adapter}: {system.model or system.convert})",
             "notes": list(system.notes),
             "other_weights": system.other_weights,
-            "published": [dataclasses.asdict(number) for number in system.published],
+            "published": [
+                *({**dataclasses.asdict(number), "note": None, "task": None} for number in system.published),
+                *of_tasks.get(system.name, ()),
+            ],
         }
         for system in systems().values()
         if system.name not in ran

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from .tasks import LOADER
+
 
 @dataclass(frozen=True)
 class PublishedNumber:
@@ -76,7 +78,7 @@ class System:
 @cache
 def systems() -> dict[str, System]:
     """All systems by name, in the order of the file."""
-    document = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    document = yaml.load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"), Loader=LOADER)
     return {name: _read(name, dict(entry)) for name, entry in document.items()}
 
 

@@ -149,32 +149,36 @@ def _remarks(document: Mapping[str, Any], name: str, found: Sequence[Any]) -> li
     for system, metrics in published_of(document, name).items():
         for entries in metrics.values():
             for entry in entries.values():
-                note = f" ({entry['note']})" if entry.get("note") else ""
-                lines[f"- {system}, published: {entry['source']}{note}"] = None
+                lines[f"- {system}, {_source(entry)}"] = None
     return ["\n".join(lines)] if lines else []
 
 
 def _others(document: Mapping[str, Any]) -> str:
-    """The systems of the comparison that were not run."""
-    listed = document.get("systems", ())
-    with_numbers = {entry["system"] for entry in document.get("published", ())}
+    """The systems of the comparison that were not run, with what was published of them on tasks that have no table."""
+    shown = {entry["task"] for entry in document.get("published", ())}
     rows, notes = [], []
-    for one in listed:
-        numbers = [f"{number['what']}: {number['value']} ({number['source']})" for number in one["published"]]
-        if one["name"] in with_numbers:
-            numbers.insert(0, "in the tables above")
+    for one in document.get("systems", ()):
+        numbers = [number for number in one["published"] if number["task"] not in shown]
+        told = [f"{number['what'].replace('_', ' ')} {number['value']}" for number in numbers]
+        if len(numbers) < len(one["published"]):
+            told.insert(0, "in the tables above")
         rows.append(
-            [one["name"], ", ".join(one["languages"]), one["paper"], one["why"], "; ".join(numbers) or "not at hand"]
+            [one["name"], ", ".join(one["languages"]), one["paper"], one["why"], "; ".join(told) or "not at hand"]
         )
         said = [f"other weights: {one['other_weights']}"] if one["other_weights"] else []
+        said += dict.fromkeys(_source(number) for number in numbers)
         notes += [f"- {one['name']}: {note}" for note in (*said, *one["notes"])]
     if not rows:
         return ""
     header = ["system", "texts", "in the paper", "why", "published numbers"]
-    table = aligned(header, rows, left=5)
-    return "\n\n".join(
-        ["## Systems of the comparison that were not run", table, *(["\n".join(notes)] if notes else [])]
-    )
+    parts = ["## Systems of the comparison that were not run", aligned(header, rows, left=5), "\n".join(notes)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _source(number: Mapping[str, Any]) -> str:
+    """Where a published number comes from."""
+    note = f" ({number['note']})" if number.get("note") else ""
+    return f"published: {number['source']}{note}"
 
 
 def _shared(found: Sequence[Any]) -> str:

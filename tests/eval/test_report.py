@@ -76,6 +76,10 @@ def test_published_numbers_are_marked_and_keep_their_source(tmp_path):
     assert "M2-Encoder-10B, published: arXiv 2401.15896, abstract" in text
     others = {row[0]: row for row in table_rows(text, "Systems of the comparison that were not run")}
     assert "in the tables above" in others["M2-Encoder-10B"][4] and others["BriVL"][3].startswith("no open weights")
+    assert "flickr30k-m2paper, en: text to image R@1 92.2" in others["M2-Encoder-10B"][4]  # of a task that was not run
+    assert "- M2-Encoder-10B: published: arXiv 2401.15896, Table 4" in text
+    (listed,) = (one for one in document["systems"] if one["name"] == "ERNIE-ViL 2.0")
+    assert [number["value"] for number in listed["published"]] == [70.3, 68.8, 86.32]
     assert others["BriVL"][4] == "not at hand" and others["BriVL"][2] == "one of Tables 1 to 5"
     assert others["AltCLIP-0.8B"][3] == "not run here (transformers: BAAI/AltCLIP)"
     assert others["CN-CLIP-1B"][2] == "Table 5" and others["SigLIP"][2] == "later"
