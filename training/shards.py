@@ -165,6 +165,9 @@ def _read_tar(file: BinaryIO, start: int, fields: Fields, note: Note, local: boo
     key, group, begin, after = None, {}, start, start
     for member in _members(_Tape(file, start), limits, note):
         folder, _, base = (member.name or "").rpartition("/")
+        if base.startswith("."):  # what macOS adds to each file, between the image and its text
+            after = _padded(member.end)
+            continue
         stem, _, extension = base.partition(".")
         own = (folder, stem) if member.name else None
         if own != key or own is None:

@@ -129,6 +129,17 @@ def test_captions_in_json_and_text_members(tmp_path: Path) -> None:
     assert chosen.row.image == image
 
 
+def test_hidden_members_do_not_part_a_sample(tmp_path: Path) -> None:
+    both = [
+        ("._0.jpg", b"attributes"),
+        ("a/0.jpg", encoded(noise(0))),
+        ("a/._0.txt", b"attributes"),
+        ("a/0.txt", b"cat"),
+    ]
+    (only,), notes = read_bytes(tmp_path, tar_bytes(both), Fields("image", {"en": "txt"}))
+    assert only.row.captions == {"en": ["cat"]} and only.row.image == encoded(noise(0)) and not notes
+
+
 # ---- Damaged tar files
 
 
