@@ -147,6 +147,26 @@ def test_measured_numbers_come_from_results_json(folder, model, tmp_path):
     assert all(one.dataset_id == "org/imagenet-cn" for one in entries)
 
 
+def test_benchmarks_of_one_data_set_stay_apart_in_model_index(folder, model, tmp_path):
+    document = results_of(model)
+    task = document["models"][1]["tasks"][0]
+    task["task"] = {**task["task"], "name": "scenes", "title": "Scenes", "kind": "scenes"}
+    (benchmark,) = task["benchmarks"]
+    task["benchmarks"] = [
+        {**benchmark, "name": f"scenes/{name}", "metrics": {"accuracy": {"zh": score(value), "en": score(value)}}}
+        for name, value in (("counting", 0.25), ("spatial", 0.75))
+    ]
+    write_json(tmp_path / "results.json", document)
+    page = ModelCard(render_card(folder, REPO, card="nano", results=tmp_path / "results.json").readme)
+    seen = {(one.dataset_name, one.metric_name): one.metric_value for one in page.data.eval_results}
+    assert seen == {
+        (f"Scenes ({language})", f"scenes/{name} accuracy ({language})"): value
+        for language in ("zh", "en")
+        for name, value in (("counting", 25.0), ("spatial", 75.0))
+    }
+    assert page.data.metrics == ["accuracy"]
+
+
 def test_results_of_other_weights_are_refused(folder, model, tmp_path):
     write_json(tmp_path / "results.json", results_of(model))
     weights = load_file(folder / "model.safetensors")
