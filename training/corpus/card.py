@@ -135,7 +135,7 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 def _metadata(
     title: str, totals: Mapping[str, Any], extension: str, licences: Mapping[str, Mapping[str, int]]
 ) -> DatasetCardData:
-    names = {licence for held in licences.values() for licence in held}
+    names = {licence.lower() for held in licences.values() for licence in held}
     known = names & {"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0"}
     images = sum(total["images"] for total in totals.values())
     data = DatasetCardData(
