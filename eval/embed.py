@@ -102,10 +102,13 @@ class Encoder:
         Every distinct text is encoded once, among texts of about its own length, so that little padding is computed.
 
         Raises:
-            ValueError: when there are no texts, or if the model's output is not finite.
+            ValueError: when there are no texts, or something that is no text, or if the model's output is not finite.
         """
-        if not texts:
-            raise ValueError("There are no texts to encode.")
+        if not texts or isinstance(texts, str):
+            raise ValueError("There are no texts to encode." if not texts else f"{texts!r} is not a list of texts.")
+        wrong = [text for text in texts if not _is_text(text)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r:.80} is not a text that can be encoded.")
         # Characters stand for tokens here: nearly proportional within a language, and no second tokenization.
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
         embeds = self._run(
@@ -292,6 +295,13 @@ class _Writer:
         keys, parts, self.keys, self.parts = self.keys, self.parts, [], []
         if self.store is not None and keys:
             self.store.add(self.kind, keys, torch.cat(parts))
+
+
+def _is_text(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and text.encode() is not None
+    except UnicodeEncodeError:  # half a surrogate pair, which tokenizers refuse
+        return False
 
 
 def _contents(table: Table, column: str, rows: Sequence[int]) -> list[bytes]:

@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -98,7 +99,7 @@ class RetrievalRanks:
                 right ones come first ("optimistic") or last ("pessimistic"). Without ties all three are the same.
 
         Raises:
-            ValueError: for `k` < 1 or another value of `ties`.
+            ValueError: for a `k` that is no whole number >= 1, or another value of `ties`.
         """
         asks = self.captions > 0
         images = _hits(self.image_greater[asks], self.image_equal[asks], self.image_best[asks], k, ties)
@@ -218,8 +219,8 @@ def hit_probability(greater: torch.Tensor, equal: torch.Tensor, right: torch.Ten
     Raises:
         ValueError: for `k` < 1.
     """
-    if k < 1:
-        raise ValueError(f"Recall is defined for K >= 1, not {k}.")
+    if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"Recall is defined for whole K >= 1, not {k}.")
     places = (k - greater).clamp(min=0)
     missed = torch.ones(greater.shape, dtype=torch.float64)
     for x in range(1, int(right.amax()) + 1):
@@ -405,7 +406,7 @@ def _checked(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Images and texts as tensors, and the rounding error of any of their dot products in units of the precision it is
     computed in; or a ValueError that says what is wrong."""
-    images, texts = torch.as_tensor(image_embeds).detach(), torch.as_tensor(text_embeds).detach()
+    images, texts = _tensor("image embeddings", image_embeds), _tensor("text embeddings", text_embeds)
     largest = []
     for name, embeds in (("image", images), ("text", texts)):
         if embeds.ndim != 2 or not embeds.is_floating_point():
@@ -436,9 +437,17 @@ def _checked(
     return images, texts, ROUNDING_CONSTANT * math.sqrt(images.shape[1]) * largest[0] * largest[1]
 
 
+def _tensor(name: str, values: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """A view where possible. Torch takes no numpy array that runs backwards."""
+    try:
+        return torch.as_tensor(np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a tensor or an array of numbers, not {type(values).__name__}.") from error
+
+
 def _checked_pairs(text_to_image: torch.Tensor | np.ndarray, texts: int, images: int) -> torch.Tensor:
     """[P, 2] int64, distinct, ascending; or a ValueError that says what is wrong."""
-    given = torch.as_tensor(text_to_image)
+    given = _tensor("text_to_image", text_to_image)
     owners, pairs = given.shape == (texts,), given.ndim == 2 and given.shape[1:] == (2,)
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or not (owners or pairs):
         raise ValueError(

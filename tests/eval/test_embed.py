@@ -265,3 +265,16 @@ def _bytes(image: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return buffer.getvalue()
+
+
+def test_what_is_no_text_is_named(colour_encoder):
+    assert colour_encoder.texts(["", " red\x00", "红色 😀"]).shape == (3, 3)
+    for texts, message in (
+        ("red", "not a list"),
+        ([1], "1 is not a text"),
+        ([None], "None is not"),
+        (["a", "b\ud800"], "not a text"),
+        ([], "no texts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            colour_encoder.texts(texts)

@@ -344,11 +344,24 @@ def test_bad_input_is_named(images, texts, owner, message):
         retrieval_ranks(images, texts, owner)
 
 
+def test_arrays_of_any_layout_and_things_that_are_no_arrays():
+    texts = SCORES.T.contiguous()
+    backwards = retrieval_ranks(torch.eye(4).numpy()[:, ::-1], texts.numpy()[:, ::-1], OWNER.numpy().astype(np.uint8))
+    strided = retrieval_ranks(torch.eye(4).T, SCORES.T, OWNER.tolist())
+    for name, value in dataclasses.asdict(by_hand()).items():
+        assert getattr(backwards, name).equal(value) and getattr(strided, name).equal(value)
+    for arguments in (("x", texts, OWNER), (torch.eye(4), None, OWNER), (torch.eye(4), texts, ["a"] * 8)):
+        with pytest.raises(ValueError, match="must be a tensor or an array of numbers, not (str|NoneType|list)"):
+            retrieval_ranks(*arguments)
+
+
 def test_bad_k_ties_and_tile_are_named():
     with pytest.raises(ValueError, match="not 0"):
         by_hand().recall(0)
-    with pytest.raises(ValueError, match="not -1"):
-        by_hand().chance(-1)
+    for k in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=f"whole K >= 1, not {k}"):
+            by_hand().chance(k)
+    assert by_hand().recall(np.int64(5)) == by_hand().recall(5)
     with pytest.raises(ValueError, match="lucky"):
         by_hand().recall(1, ties="lucky")
     with pytest.raises(ValueError, match="tile"):
