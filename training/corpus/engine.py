@@ -1,8 +1,8 @@
 """Runs a stage: one task per part on datatrove's executors, going on after a kill, with totals that add up.
 
-Each task writes its parts, then its counts, each by a rename; then datatrove marks it as complete. A kill between any
-two of these repeats the task, which gives the same bytes. Totals are sums of the counts on disk, never of what one
-process saw: datatrove's own stats.json covers only the tasks of the last run (huggingface/datatrove#360).
+Each task writes its parts, then its counts, each by a rename, and is complete. A kill before that repeats it, which
+gives the same bytes. Totals are sums of the counts on disk, never of what one process saw: datatrove's own stats.json
+covers only the tasks of the last run (huggingface/datatrove#360).
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def run_stage(
     if prepare is not None:
         prepare()
     if tasks:
-        _execute(config.executor, folder, tasks, _Counted(task, folder), stage)
+        _execute(config.executor, folder, tasks, _Counted(task, folder, tasks), stage)
     counts = Counts()
     for number in range(tasks):
         if not _counts_file(folder, number).is_file():
@@ -185,18 +185,22 @@ def claim(folder: Path, document: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Counted:
-    """A pipeline step of datatrove that is a whole task."""
+    """A pipeline step of datatrove that is a whole task of its: ours of the numbers rank, rank + world_size, ...."""
 
     task: Task
     folder: Path
+    tasks: int
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        try:
-            counts = self.task(rank)
-        except Exception:
-            logger.exception(f"Task {rank} in {self.folder} failed.")
-            raise
-        write_json(_counts_file(self.folder, rank), counts.as_dict())
+        for number in range(rank, self.tasks, world_size):
+            if _counts_file(self.folder, number).is_file():
+                continue
+            try:
+                counts = self.task(number)
+            except Exception:
+                logger.exception(f"Task {number} in {self.folder} failed.")
+                raise
+            write_json(_counts_file(self.folder, number), counts.as_dict())
 
 
 def _counts_file(folder: Path, task: int) -> Path:
@@ -208,7 +212,10 @@ def _execute(settings: ExecutorSettings, folder: Path, tasks: int, step: _Counte
     from multiprocess import get_context
 
     kinds = {"local": LocalPipelineExecutor, "ray": RayPipelineExecutor, "slurm": SlurmPipelineExecutor}
-    options = {"logging_dir": str(folder / ".tasks"), "tasks": tasks, "workers": min(settings.workers, tasks)}
+    # Ray starts a process for each of its tasks, which costs as much as a thousand images.
+    ranks = min(tasks, 2 * settings.workers) if settings.kind == "ray" else tasks
+    log = str(folder / ".tasks" / f"of-{ranks}")
+    options = {"logging_dir": log, "tasks": ranks, "workers": min(settings.workers, ranks)}
     if settings.kind == "slurm":
         options["job_name"] = f"corpus-{stage}"
     executor = kinds[settings.kind]([step], **options, **settings.options)
