@@ -117,7 +117,7 @@ class TransformersRewriter:
                 images[place] = decode_image((row["image"] or {}).get("bytes"))
             except UnusableImage as error:
                 replies[place] = Reply(None, str(error))
-        loaded = _loaded(self.settings, worker_device(self.settings.device))
+        loaded = _kept(self.settings, worker_device(self.settings.device))
         lengths = {place: loaded.tokens(prompts[place]) for place in images}
         for place, length in lengths.items():
             if loaded.longest and length + self.settings.max_new_tokens > loaded.longest:
@@ -138,7 +138,7 @@ class TransformersRewriter:
                 yield places[start : start + self.settings.batch_size]
 
     @torch.inference_mode()
-    def _generate(self, loaded: _Loaded, images: list[Image.Image], prompts: list[str]) -> list[str]:
+    def _generate(self, loaded: Captioner, images: list[Image.Image], prompts: list[str]) -> list[str]:
         """What the model writes after each picture and prompt, without the prompt."""
         model, processor = loaded.model, loaded.processor
         # Decoder-only models go on from the last token: no padding may come after the prompt.
@@ -154,7 +154,7 @@ class TransformersRewriter:
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class Captioner:
     model: Any
     processor: Any
 
@@ -176,8 +176,13 @@ class _Loaded:
 
 
 @cache
-def _loaded(settings: CaptionModel, device: str) -> _Loaded:
-    """Once per process. Raises ValueError for a model that cannot be loaded, or whose weights are not all there."""
+def _kept(settings: CaptionModel, device: str) -> Captioner:
+    """Loaded once per process; a worker of the executor runs many tasks."""
+    return load_captioner(settings, device)
+
+
+def load_captioner(settings: CaptionModel, device: str) -> Captioner:
+    """A fresh copy. Raises ValueError for a model that cannot be loaded, or whose weights are not all there."""
     name, options = settings.model, {"revision": revision_of(settings)}
     try:
         config = AutoConfig.from_pretrained(name, **options)
@@ -191,7 +196,7 @@ def _loaded(settings: CaptionModel, device: str) -> _Loaded:
         raise ValueError(f"{name} lacks weights, e.g. {sorted(report['missing_keys'])[0]}: it would write at random.")
     if getattr(processor, "num_query_tokens", 1) is None:
         processor.num_query_tokens = config.num_query_tokens
-    return _Loaded(model.to(device).eval(), processor)
+    return Captioner(model.to(device).eval(), processor)
 
 
 def picture_for_server(content: bytes | None, side: int) -> bytes:
