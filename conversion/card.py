@@ -58,7 +58,7 @@ def render_card(
     folder: str | Path,
     repo_id: str,
     *,
-    card: str = "auto",
+    size: str = "auto",
     results: str | Path | None = None,
     cosines: str | Path | None = None,
 ) -> Card:
@@ -66,7 +66,7 @@ def render_card(
 
     Args:
         repo_id: where it will be, as in the snippets: NAMESPACE/NAME.
-        card: "nano", "0.4B", "1B", "10B", "trained" (any other model trained with this code); "auto" looks.
+        size: whose card: "nano", "0.4B", "1B", "10B", or "trained" for any other training; "auto" looks at the folder.
         results: the results.json of an evaluation of these very weights.
         cosines: the JSON of `python -m benchmarks.pair_cosines` on these very weights.
 
@@ -76,7 +76,7 @@ def render_card(
     """
     folder = Path(folder)
     config = read_config(folder)
-    name, why = choose_card(folder, config) if card == "auto" else (card, "it was asked for")
+    name, why = choose_card(folder, config) if size == "auto" else (size, "it was asked for")
     settings = load_settings(name)
     document = read_results(results)
     model = of_these_weights(folder, document["models"], str(results)) if document else None
@@ -310,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", metavar="FILE", help="write it there instead of to the terminal")
     args = parser.parse_args(arguments)
     try:
-        card = render_card(args.folder, args.repo_id, card=args.size, results=args.results, cosines=args.cosines)
+        card = render_card(args.folder, args.repo_id, size=args.size, results=args.results, cosines=args.cosines)
         if args.output is None:
             print(card.readme)
         else:

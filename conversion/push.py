@@ -35,7 +35,7 @@ def push(
     folder: str | Path,
     repo_id: str,
     *,
-    card: str = "auto",
+    size: str = "auto",
     results: str | Path | None = None,
     cosines: str | Path | None = None,
     private: bool = False,
@@ -52,7 +52,7 @@ def push(
     Args:
         folder: as training and conversion write it, with `onnx/` if it was exported.
         repo_id: NAMESPACE/NAME; created if it does not exist.
-        card: see `conversion.card.render_card`, as for `results` and `cosines`.
+        size: whose card it gets, see `conversion.card.render_card`, as for `results` and `cosines`.
         private: create it as a private one. One that is public is refused then.
         revision: the branch; created from main if it does not exist.
         tag: a tag for what is there in the end; one that stands for something else is refused.
@@ -83,7 +83,7 @@ def push(
         raise ValueError("What is only proposed cannot have a tag: leave out either create_pr or tag.")
     token = token or get_token()
     api = HfApi(token=token or False)
-    with redacted_logs(token), _staged(Path(folder), repo_id, card, results, cosines, token) as (staged, why):
+    with redacted_logs(token), _staged(Path(folder), repo_id, size, results, cosines, token) as (staged, why):
         target = Target(api, repo_id, revision, token)
         info = target.look(private)  # first, since loading takes a while and the Hub may refuse
         if load_check:
@@ -96,13 +96,13 @@ def push(
 
 @contextmanager
 def _staged(
-    folder: Path, repo_id: str, card: str, results: Any, cosines: Any, token: str | None
+    folder: Path, repo_id: str, size: str, results: Any, cosines: Any, token: str | None
 ) -> Iterator[tuple[Path, str]]:
     """A folder that holds what goes, and which card it has. It vanishes in the end."""
     from conversion.card import render_card
 
     contents = read_contents(folder, token=token)
-    page = render_card(folder, repo_id, card=card, results=results, cosines=cosines)
+    page = render_card(folder, repo_id, size=size, results=results, cosines=cosines)
     with _beside(folder) as staged:
         for name, path in contents.files.items():
             _link(path, staged / name)
@@ -173,11 +173,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """The command line; a mistake of the user, and a refusal of the Hub, is one line on stderr and exit status 1."""
     args = _parser().parse_args(arguments)
-    options = {name: value for name, value in vars(args).items() if name not in ("folder", "repo_id", "size")}
+    options = {name: value for name, value in vars(args).items() if name not in ("folder", "repo_id")}
     # `kill` becomes an exception, so that the folder of links vanishes.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        done = push(args.folder, args.repo_id, card=args.size, **options)
+        done = push(args.folder, args.repo_id, **options)
     except (ValueError, OSError, PushError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

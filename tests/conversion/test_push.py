@@ -50,7 +50,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def publish(folder: Path, **options):
-    return push(folder, REPO, card="trained", load_check=False, **options)
+    return push(folder, REPO, size="trained", load_check=False, **options)
 
 
 def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -90,7 +90,7 @@ print(json.dumps([embed(name), embed(folder), snapshot_download(name)]))
 
 def test_what_is_pushed_is_what_another_process_loads_by_name(folder, model, processor, hub, tmp_path):
     before = tree(folder)
-    done = push(folder, REPO, card="trained", tag="v1")
+    done = push(folder, REPO, size="trained", tag="v1")
     assert tree(folder) == before and os.listdir(folder.parent) == ["model"]
 
     sent = hub.files(REPO)
@@ -375,13 +375,13 @@ def test_shards_that_do_not_belong_together_are_refused(sharded, hub, refusal):
         ("user/has space", {}, "no id of a repository"),
         (REPO, {"create_pr": True, "tag": "v1"}, "cannot have a tag"),
         (REPO, {"create_pr": True, "revision": "next"}, "against main"),
-        (REPO, {"card": "auto"}, "--size"),
-        (REPO, {"card": "2B"}, "choose one of nano"),
+        (REPO, {"size": "auto"}, "--size"),
+        (REPO, {"size": "2B"}, "choose one of nano"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(folder, hub, repo_id, options, message):
     with pytest.raises(ValueError, match=message):
-        push(folder, repo_id, **{"card": "trained", "load_check": False, **options})
+        push(folder, repo_id, **{"size": "trained", "load_check": False, **options})
     assert not hub.log
 
 

@@ -73,7 +73,7 @@ def rows(readme: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("card", CARDS)
 def test_every_card_is_whole_and_valid(folder, card):
-    readme = render_card(folder, REPO, card=card).readme
+    readme = render_card(folder, REPO, size=card).readme
     page = ModelCard(readme)
     assert validate_card(readme) == {"errors": [], "warnings": []}
     data = page.data.to_dict()
@@ -81,7 +81,7 @@ def test_every_card_is_whole_and_valid(folder, card):
     assert data["pipeline_tag"] == "zero-shot-image-classification" and "arxiv:2401.15896" in data["tags"]
     assert re.findall(r"^## (.*)$", page.text, re.MULTILINE) == SECTIONS
     assert not re.search(r"\{[{%#]|None|Undefined|\bnan\b", page.text)
-    assert readme == render_card(folder, REPO, card=card).readme
+    assert readme == render_card(folder, REPO, size=card).readme
     first_screen = page.text.split("\n## ")[0]
     assert f'name = "{REPO}"' in first_screen and len(first_screen.splitlines()) < 30
     if card != "trained":
@@ -99,7 +99,7 @@ def test_no_result_is_typed_into_the_template():
 @pytest.mark.parametrize("card", ["0.4B", "1B", "10B"])
 def test_a_published_size_shows_the_paper_s_numbers_as_the_paper_s(folder, card):
     settings = load_settings(card)
-    page = render_card(folder, REPO, card=card)
+    page = render_card(folder, REPO, size=card)
     table = [row for row in rows(page.readme) if row[-1].startswith("arXiv") or row[-1] == "not measured here"]
     published = [
         (task.title, entry)
@@ -130,7 +130,7 @@ def test_a_published_size_shows_the_paper_s_numbers_as_the_paper_s(folder, card)
 
 def test_measured_numbers_come_from_results_json(folder, model, tmp_path):
     write_json(tmp_path / "results.json", results_of(model, data="org/imagenet-cn"))
-    page = render_card(folder, REPO, card="10B", results=tmp_path / "results.json")
+    page = render_card(folder, REPO, size="10B", results=tmp_path / "results.json")
     own = [row for row in rows(page.readme) if row[0] == "ImageNet-CN"]
     assert own[:3] == [
         ["ImageNet-CN", "top-1", "M2-Encoder-10B", "80.7", "", "", "arXiv 2401.15896, abstract"],
@@ -157,7 +157,7 @@ def test_benchmarks_of_one_data_set_stay_apart_in_model_index(folder, model, tmp
         for name, value in (("counting", 0.25), ("spatial", 0.75))
     ]
     write_json(tmp_path / "results.json", document)
-    page = ModelCard(render_card(folder, REPO, card="nano", results=tmp_path / "results.json").readme)
+    page = ModelCard(render_card(folder, REPO, size="nano", results=tmp_path / "results.json").readme)
     seen = {(one.dataset_name, one.metric_name): one.metric_value for one in page.data.eval_results}
     assert seen == {
         (f"Scenes ({language})", f"scenes/{name} accuracy ({language})"): value
@@ -172,7 +172,7 @@ def test_results_of_other_weights_are_refused(folder, model, tmp_path):
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "logit_scale": weights["logit_scale"] + 0.1}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="measured with other weights"):
-        render_card(folder, REPO, card="nano", results=tmp_path / "results.json")
+        render_card(folder, REPO, size="nano", results=tmp_path / "results.json")
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -190,7 +190,7 @@ def test_results_that_lack_an_entry_name_it(folder, model, tmp_path):
     def refused(document, message):
         write_json(path, document)
         with pytest.raises(ValueError, match=message):
-            render_card(folder, REPO, card="nano", results=path)
+            render_card(folder, REPO, size="nano", results=path)
 
     refused([], "has no models")
     refused(results_of(model, models=[]), "has no models")
@@ -211,7 +211,7 @@ def test_results_that_lack_an_entry_name_it(folder, model, tmp_path):
     refused(document, "zh.value must be a number, not 'good'")
     path.write_text("{")
     with pytest.raises(ValueError, match="not a readable JSON file"):
-        render_card(folder, REPO, card="nano", results=path)
+        render_card(folder, REPO, size="nano", results=path)
 
 
 def test_thresholds_come_from_measured_pairs(folder, model, tmp_path):
@@ -225,16 +225,16 @@ def test_thresholds_come_from_measured_pairs(folder, model, tmp_path):
         "held_out": None, "quantiles": [0.05, 0.95], "languages": {"zh": pairs, "en": pairs},
     }  # fmt: skip
     write_json(path, document)
-    readme = render_card(folder, REPO, card="nano", cosines=path).readme
+    readme = render_card(folder, REPO, size="nano", cosines=path).readme
     assert ["zh", "0.38", "1.1 %", "98.7 %"] in rows(readme)
     assert ["right pairs, en", "0.50", "0.75"] in rows(readme) and "photos/val.parquet" in readme
-    assert "recommends no threshold" in render_card(folder, REPO, card="nano").readme
+    assert "recommends no threshold" in render_card(folder, REPO, size="nano").readme
     write_json(path, {**document, "about": {"weights": "0" * 64, "dtype": "float32"}})
     with pytest.raises(ValueError, match="other weights"):
-        render_card(folder, REPO, card="nano", cosines=path)
+        render_card(folder, REPO, size="nano", cosines=path)
     write_json(path, {**document, "languages": {"zh": {**pairs, "thresholds": None}}})
     with pytest.raises(ValueError, match="zh.thresholds must be a list"):
-        render_card(folder, REPO, card="nano", cosines=path)
+        render_card(folder, REPO, size="nano", cosines=path)
 
 
 # ---- Which card, and what it was trained on
@@ -281,7 +281,7 @@ def test_a_trained_model_says_what_it_was_trained_on(folder, tmp_path):
     first.mkdir(parents=True)
     record(first, steps=700, data={"files": ["/secret/place/photos/a.parquet"]})
     record(folder, init_from=str(first))
-    readme = render_card(folder, REPO, card="auto").readme
+    readme = render_card(folder, REPO, size="auto").readme
     data = readme.split("## Training data\n")[1].split("\n## ")[0]
     assert "1. From random weights: 700 steps of 128 pairs (89,600 in all) of `photos/a.parquet`" in data
     assert "2. From the weights of `lessons/model`: 1,300 steps of 128 pairs (166,400 in all)" in data
@@ -325,7 +325,7 @@ def test_settings_have_the_types_that_the_template_takes(tmp_path):
 
 def test_the_command_writes_the_card_or_says_what_is_wrong(folder, tmp_path, capsys):
     main([str(folder), "--size", "nano", "--repo-id", REPO, "--output", str(tmp_path / "README.md")])
-    assert (tmp_path / "README.md").read_text() == render_card(folder, REPO, card="nano").readme
+    assert (tmp_path / "README.md").read_text() == render_card(folder, REPO, size="nano").readme
     with pytest.raises(SystemExit, match="error: .*not a readable JSON file"):
         main([str(folder), "--size", "nano", "--results", str(tmp_path / "none.json")])
 
@@ -347,7 +347,7 @@ def test_the_snippets_of_the_nano_card_run_for_whoever_copies_them(folder, tmp_p
     with HubDouble(tmp_path / "hub") as hub:
         for name, value in (("ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
             monkeypatch.setattr(constants, name, value)
-        push(folder, REPO, card="nano", token=hub.token, load_check=False)
+        push(folder, REPO, size="nano", token=hub.token, load_check=False)
         (tmp_path / "README.md").write_bytes(hub.files(REPO)["README.md"])
         snippets = [block for block in blocks(tmp_path / "README.md") if block.language == "python"]
         assert len(snippets) == 4
