@@ -16,6 +16,8 @@ memory    of the same stages over 10,000 and 100,000 small pictures: the proport
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import io
 import json
 import os
@@ -84,6 +86,13 @@ class _Memory(threading.Thread):
         self.join()
 
 
+def adopt_orphans() -> None:
+    """Makes this process the parent of what its children leave behind (Linux): datatrove's workers are children of a
+    server that nobody waits for, whose CPU seconds would else be lost."""
+    PR_SET_CHILD_SUBREAPER = 36
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def timed(command: list[str]) -> dict[str, float]:
     """Runs a command; its seconds on the clock and on CPUs, and its memory in MB.
 
@@ -97,8 +106,12 @@ def timed(command: list[str]) -> dict[str, float]:
         memory = _Memory(process.pid)
         memory.start()
         process.wait()
-        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        wall = time.perf_counter() - start
         memory.stop()
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-1, 0)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if process.returncode:
             said.seek(0)
             raise RuntimeError(f"{command} failed: {said.read().decode(errors='replace')[-2000:]}")
@@ -339,6 +352,7 @@ def main() -> None:
     if options.peer:
         peer(options.peer, options.guard)
         return
+    adopt_orphans()
     results = measure(options.rows, options.many)
     print(
         json.dumps(

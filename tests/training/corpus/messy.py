@@ -170,7 +170,7 @@ def _alone(source: Source) -> Iterator[Expected]:
             for caption, text in enumerate(texts):
                 faults = item.faults | (frozenset({"no_text"}) if text is None else text.faults)
                 yield Expected(
-                    id=f"{image}/{caption}" if source.listed and text is not None else image,
+                    id=f"{image}/{caption}" if source.listed and item.texts is not None else image,
                     source=source.name,
                     language=source.language,
                     image=image,
