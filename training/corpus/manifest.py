@@ -141,11 +141,9 @@ def verify(folder: Path) -> list[str]:
     Raises:
         ValueError: without a readable index.
     """
-    index = read_json(folder / "index.json")
-    if index.get("format") != INDEX_FORMAT:
-        raise ValueError(f"{folder / 'index.json'} has format {index.get('format')!r}; expected {INDEX_FORMAT}.")
+    shards = _listed(folder / "index.json")
     wrong = []
-    for shard in index["shards"]:
+    for shard in shards:
         path = folder / shard["file"]
         if not path.is_file():
             wrong.append(f"{shard['file']} is missing.")
@@ -153,11 +151,23 @@ def verify(folder: Path) -> list[str]:
             wrong.append(f"{shard['file']} has {path.stat().st_size} bytes; the index says {shard['bytes']}.")
         elif sha256_of(path) != shard["sha256"]:
             wrong.append(f"{shard['file']} has other content than the index says (SHA-256).")
-    known = {shard["file"] for shard in index["shards"]}
+    known = {shard["file"] for shard in shards}
     for path in sorted([*folder.glob("*.parquet"), *folder.glob("*.tar")]):
         if path.name not in known:
             wrong.append(f"{path.name} is not in the index.")
     return wrong
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    index = read_json(path)
+    if not isinstance(index, dict) or index.get("format") != INDEX_FORMAT:
+        found = index.get("format") if isinstance(index, dict) else type(index).__name__
+        raise ValueError(f"{path} has format {found!r}; expected {INDEX_FORMAT}.")
+    shards = index.get("shards")
+    for shard in shards if isinstance(shards, list) else [None]:
+        if not isinstance(shard, dict) or not {"file", "bytes", "sha256"} <= shard.keys():
+            raise ValueError(f"{path} is damaged: {str(shard)[:100]} is no entry of a shard.")
+    return shards
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from eval.files import write_json
 
 from .config import STAGES, CorpusConfig, build
 from .engine import KEPT, read_report
+from .tokenizer import TokenizerSettings
 
 HERE = Path(__file__).parent
 UNITS = {"machine": "machine-hours", "core": "core-hours", "gpu": "GPU-hours"}
@@ -104,7 +105,8 @@ def plan(config: CorpusConfig) -> Plan:
         sources = build(tuple[PlannedSource, ...], read_yaml(HERE / "table_12.yaml")["sources"], "table_12.yaml")
     translated = (config.sections.get("translate") or {}).get("sources") or []
     zh_share = (config.sections.get("shards") or {}).get("zh_share")
-    return Plan(sources, numbers(settings), stages, frozenset(translated), zh_share)
+    texts = (config.sections.get("tokenizer") or {}).get("texts", TokenizerSettings.texts)
+    return Plan(sources, numbers(settings), stages, frozenset(translated), zh_share, texts)
 
 
 def numbers(settings: PlanSettings) -> dict[str, dict[str, Number]]:
@@ -173,8 +175,9 @@ class Plan:
         stages: list[str],
         translate: frozenset[str] = frozenset(),
         zh_share: float | None = None,
+        texts: int = TokenizerSettings.texts,
     ):
-        self.sources, self.known, self.stages, self.zh_share = sources, known, stages, zh_share
+        self.sources, self.known, self.stages, self.zh_share, self.texts = sources, known, stages, zh_share, texts
         self.steps: list[Step] = []
         self.used: dict[tuple[str, str], Number] = {}
         self.pairs: dict[str, dict[str, int]] = {}
@@ -253,7 +256,7 @@ class Plan:
             size = images * kept // pairs + kept * int(self._number("bytes", "row"))
             self._step("shards", "all", pairs, kept, size, shards=pairs)
         if "tokenizer" in self.stages and kept:
-            texts = min(kept, 4_000_000)
+            texts = min(kept, self.texts)
             self._step("tokenizer", "all", kept, texts, 0, tokenizer=texts)
 
     def totals(self) -> dict[str, dict[str, Any]]:

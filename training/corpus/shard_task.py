@@ -56,7 +56,11 @@ class ShardTask:
         return self.limit is None or language != self.limit[0] or pick < self.limit[1]
 
     def split(self, draw: int) -> str:
-        return "validation" if draw < int(self.validation * shuffle.PLACES) else "train"
+        return "validation" if draw < self._held_out else "train"
+
+    @property
+    def _held_out(self) -> int:
+        return int(self.validation * shuffle.PLACES)
 
     def _layout(self, files: Sequence[Path]) -> tuple[dict[str, list[int]], list[int]]:
         """The places where the shards of each split begin; those where groups of images begin that fit in memory."""
@@ -65,15 +69,16 @@ class ShardTask:
         order = np.argsort(keys["place"], kind="stable")
         keys = {name: column[order] for name, column in keys.items()}
         places, first = np.unique(keys["place"], return_index=True)
-        stays = np.array([self.stays(*pair) for pair in zip(keys["language"], keys["pick"].tolist(), strict=True)])
+        stays = np.ones(len(order), bool)
+        if self.limit is not None:
+            stays = (keys["language"] != self.limit[0]) | (keys["pick"] < np.uint64(self.limit[1]))
         texts = np.add.reduceat(np.where(stays, keys["pair_size"], 0), first)
         overhead = max(OVERHEAD[name] for name in self.formats)
         sizes = keys["image_size"][first] + texts + overhead
-        splits = np.array([self.split(draw) for draw in keys["draw"][first].tolist()])
-        splits[np.add.reduceat(stays.astype(int), first) == 0] = "none"
+        held_out = keys["draw"][first] < np.uint64(self._held_out)
+        left = np.add.reduceat(stays.astype(np.int64), first) > 0
         starts = {}
-        for split in ("train", "validation"):
-            chosen = splits == split
+        for split, chosen in (("train", left & ~held_out), ("validation", left & held_out)):
             starts[split] = places[chosen][shuffle.cut(sizes[chosen], self.bytes)].tolist()
         weights = np.add.reduceat(keys["image_size"] + keys["pair_size"], first)
         most = max(2 * SHARDS_PER_BUCKET * self.bytes, 2 * int(weights.sum()) // self.fan_out)

@@ -140,11 +140,17 @@ def _text_sizes(columns: dict[str, pa.Array]) -> pa.Array:
 
 def read_keys(files: Iterable[Path], columns: Sequence[str]) -> dict[str, np.ndarray]:
     """Columns of all rows of a bucket, without the images."""
-    tables = [pq.read_table(file, columns=list(columns)) for file in files]
+    tables = [_read(file, columns) for file in files]
     if not tables:
         return {name: np.empty(0, object) for name in columns}
     table = pa.concat_tables(tables)
     return {name: table.column(name).to_numpy() for name in columns}
+
+
+def _read(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    # Not pq.read_table: in a folder like "seed=1" it finds a column that the file does not have.
+    with pq.ParquetFile(file) as opened:
+        return opened.read(columns=None if columns is None else list(columns), use_threads=False)
 
 
 def batches(files: Iterable[Path]) -> Iterator[pa.RecordBatch]:
@@ -156,7 +162,7 @@ def batches(files: Iterable[Path]) -> Iterator[pa.RecordBatch]:
 
 def sorted_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """The rows of a few shards by place, image and id. In memory: these files, and a few rows as Python objects."""
-    table = pa.concat_tables([pq.read_table(file, use_threads=False) for file in files])
+    table = pa.concat_tables([_read(file) for file in files])
     order = pc.sort_indices(table, sort_keys=[(name, "ascending") for name in ("place", "image_hash", "id")])
     for start in range(0, len(order), _ROWS):
         yield from table.take(order.slice(start, _ROWS)).to_pylist()
@@ -178,7 +184,7 @@ def nth_pick(files: Sequence[Path], language: str, number: int) -> int:
 
 def _picks(files: Sequence[Path], language: str) -> Iterator[np.ndarray]:
     for file in files:
-        table = pq.read_table(file, columns=["pick", "language"])
+        table = _read(file, ["pick", "language"])
         yield table.filter(pc.equal(table["language"], language))["pick"].to_numpy()
 
 

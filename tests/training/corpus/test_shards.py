@@ -329,6 +329,20 @@ def test_verify_names_what_is_damaged(tmp_path: Path):
     assert done.returncode == 2 and "index.json" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "index", ["[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "shards": [{"file": "x"}]}', "{"]
+)
+def test_an_index_that_is_none(tmp_path: Path, index: str):
+    (tmp_path / "index.json").write_text(index)
+    with pytest.raises(ValueError, match="index.json"):
+        verify(tmp_path)
+
+
+def test_folders_named_like_partitions(tmp_path: Path):
+    folder = build(tmp_path / "seed=1" / "语料 b", bilingual(20, 20), zh_share=0.5)
+    assert sum(ids(folder).values()) == 40 and verify(folder) == []
+
+
 # ---- The other stages' rows
 
 
