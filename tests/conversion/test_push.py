@@ -139,6 +139,7 @@ def test_an_upload_that_was_cut_off_goes_on_where_it_stopped(sharded, hub):
     with pytest.raises(PushError, match="push again"):
         publish(sharded)
     assert hub.dead and len(hub.commits(REPO)) == 1  # nothing is visible of the half
+    assert os.listdir(sharded.parent) == ["model"]
     before = list(hub.lfs_uploads)
     assert 0 < len(before) < len(sizes)
     hub.revive()
