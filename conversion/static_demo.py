@@ -58,21 +58,27 @@ def build_site(
         raise ValueError(f"dtype is {dtype!r}; there are {', '.join(DTYPES)}.")
     if not (model_dir / "config.json").is_file():
         raise ValueError(f"No Hub folder at {model_dir}: it has no config.json.")
+    settings = {"name": name or hub or model_dir.resolve().name, "hub": hub, "dtype": dtype}
+    settings["logit_scale"] = logit_scale(model_dir)
     with complete_or_absent(site) as folder:
         shutil.copytree(PAGE, folder)
         fetch_libraries(folder / "lib")
         if hub is None:
             export(model_dir, folder / "model")
             drop_other_dtypes(folder / "model" / "onnx", dtype)
-        settings = {
-            "name": name or hub or model_dir.resolve().name,
-            "hub": hub,
-            "dtype": dtype,
-            # What cosines are multiplied with before the softmax; it is in neither tower.
-            "logit_scale": AutoModel.from_pretrained(model_dir).logit_scale.exp().item(),
-        }
         (folder / "site.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"Wrote {site}. To see it: python -m http.server --directory {site}")
+
+
+def logit_scale(model_dir: Path) -> float:
+    """What cosines are multiplied with before the softmax; it is in neither tower."""
+    model, info = AutoModel.from_pretrained(model_dir, output_loading_info=True)
+    if info["missing_keys"]:  # made up by transformers
+        raise ValueError(
+            f"{model_dir} does not hold both halves of a model, which the page needs: "
+            f"{len(info['missing_keys'])} weights are missing."
+        )
+    return model.logit_scale.exp().item()
 
 
 def drop_other_dtypes(onnx_dir: Path, dtype: str) -> None:

@@ -28,7 +28,7 @@ pytest.importorskip("onnxruntime", reason="needs the packages of the export extr
 pytest.importorskip("onnxscript", reason="needs the packages of the export extra")
 
 from conversion.static_demo import build_site, main  # noqa: E402
-from modeling_m2encoder import M2EncoderModel  # noqa: E402
+from modeling_m2encoder import M2EncoderModel, M2EncoderTextModel  # noqa: E402
 from modeling_m2encoder.hub_folder import save_hub_folder  # noqa: E402
 from tests.browser import PHONE, Visit, browser, visit  # noqa: E402
 
@@ -306,11 +306,14 @@ def test_only_the_page_where_the_hub_has_the_model(hub, tmp_path, monkeypatch):
     assert not (tmp_path / "site" / "model").exists()
 
 
-@pytest.mark.parametrize("fault", ["no folder", "exists", "npm"])
+@pytest.mark.parametrize("fault", ["no folder", "half", "exists", "npm"])
 def test_refusals_leave_nothing_behind(fault, hub, tmp_path, monkeypatch):
     model, site, message = hub, tmp_path / "site", "exists already"
     if fault == "no folder":
         model, message = tmp_path / "nothing", "No Hub folder"
+    elif fault == "half":
+        model, message = tmp_path / "half", "does not hold both halves"
+        M2EncoderTextModel.from_pretrained(hub).save_pretrained(model)
     elif fault == "exists":
         site.mkdir()
     else:
