@@ -39,6 +39,10 @@ FLAGS = [
 ]
 # Nothing leaves this machine even when a page tries to; what it tried is in the record.
 NO_OUTSIDE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"
+# Resolves when no transition runs any more; what spins for ever is not waited for.
+SETTLED = """() => Promise.all(document.getAnimations()
+    .filter((each) => each.effect.getComputedTiming().endTime !== Infinity)
+    .map((each) => each.finished.catch(() => null)))"""
 HERE = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -104,6 +108,7 @@ class Visit:
         pytest.importorskip("axe_playwright_python", reason="needs axe-core: pip install axe-playwright-python (dev)")
         from axe_playwright_python.sync_playwright import Axe
 
+        self.page.evaluate(SETTLED)  # half-transparent text has no contrast
         found = Axe().run(self.page).response["violations"]
         return [
             {"rule": each["id"], "impact": each["impact"], "elements": [node["html"][:200] for node in each["nodes"]]}

@@ -1,6 +1,6 @@
 """A page to try an M2-Encoder: text-to-image search, zero-shot classification, and the two languages side by side.
 
-    python app.py --model runs/quickstart/nano/model --data "runs/quickstart/scenes:validation" --port 7860
+    python app.py --model runs/quickstart/nano/model --data "runs/quickstart/scenes/test-*.parquet" --port 7860
 
 On a Space the same settings come from its variables: MODEL, DATA, INDEX, EXAMPLES, PORT. Nothing is sent anywhere, and
 the page asks no other server for anything.
@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Read when the libraries are imported.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -22,6 +23,7 @@ import gradio as gr
 import numpy as np
 import page
 from encoder import TEMPLATES, Encoder, open_image, split_labels
+from gradio.utils import get_upload_folder
 from PIL import Image
 from search_index import Found, SearchIndex, load_or_build, open_images
 from tqdm import tqdm
@@ -142,10 +144,8 @@ def _search_tab(app: App, blocks: gr.Blocks, pairs: Sequence[tuple[str, str]]) -
 def _classify_tab(app: App, pairs: Sequence[tuple[str, str]]) -> None:
     with gr.Row():
         with gr.Column(min_width=280):
-            # The file itself, so that its size is looked at before it is decoded.
-            image = gr.Image(
-                type="filepath", image_mode=None, label="Image", sources=["upload", "clipboard"], height=280, buttons=[]
-            )
+            image = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], height=280, buttons=[])
+            image.preprocess = uploaded_file
             labels = gr.Textbox(
                 "，".join(chinese for chinese, _ in pairs),
                 label="Labels, in either language",
@@ -164,6 +164,19 @@ def _classify_tab(app: App, pairs: Sequence[tuple[str, str]]) -> None:
     all_labels = ["，".join(chinese for chinese, _ in pairs), ", ".join(english for _, english in pairs)]
     examples = [[file, all_labels[number % 2]] for number, file in enumerate(_example_files(app, pairs))]
     gr.Examples(examples, [image, labels], label="Examples", fn=app.classify, outputs=scores, run_on_click=True)
+
+
+def uploaded_file(upload: Any) -> str | None:
+    """The path of an uploaded file, unopened: gradio's own opens it, whatever its size, and says no more than "Error".
+
+    gradio checks the paths that a request marks as files, and no others; here a request can name no file of the server.
+    """
+    if upload is None or not upload.path:
+        return None
+    file = Path(upload.path).resolve()
+    if not file.is_relative_to(Path(get_upload_folder()).resolve()):
+        raise gr.Error("This image was not uploaded here.")
+    return str(file)
 
 
 def _compare_tab(app: App, pairs: Sequence[tuple[str, str]]) -> None:
@@ -245,7 +258,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--data",
         default=environment("DATA"),
-        help="a folder of images, parquet files, or what datasets loads (NAME or NAME:SPLIT)",
+        help="a folder of images, parquet files (a pattern), or owner/name:split on the Hub",
     )
     parser.add_argument("--index", default=environment("INDEX", "index"), help="where embeddings are kept")
     parser.add_argument("--examples", default=environment("EXAMPLES", EXAMPLES), help='"中文|English;中文|English"')

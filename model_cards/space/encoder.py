@@ -103,7 +103,11 @@ class Encoder:
             if template.count("{}") != 1:
                 raise ValueError(f'A template needs one place for the label, "{{}}": {template!r} has none or several.')
         texts = self.texts([templates[language(label)].replace("{}", label) for label in labels])
-        cosines = self.images([self.pixels(image)])[0] @ texts.T
+        try:
+            pixels = self.pixels(image)
+        except ValueError as error:
+            raise ValueError(f"The image cannot be read: {error}.") from error
+        cosines = self.images([pixels])[0] @ texts.T
         logits = float(self.model.logit_scale.detach().float().exp()) * cosines
         weights = np.exp(logits - logits.max())
         scores = [

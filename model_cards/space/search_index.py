@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import datasets
 import numpy as np
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -48,7 +50,8 @@ class FolderImages:
         files = (path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         self.files = sorted(path.relative_to(self.folder).as_posix() for path in files)
         if not self.files:
-            raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
+            parquet = f"; its parquet files are {folder}/*.parquet" if any(self.folder.glob("*.parquet")) else ""
+            raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}){parquet}.")
         seen = [(file, *self._state(file)) for file in self.files]
         self.fingerprint = _digest(seen)
 
@@ -84,40 +87,51 @@ class DatasetImages:
 
     def source(self, number: int) -> str | bytes:
         image = self.rows[number][self.column] or {}
-        return image.get("bytes") or image.get("path") or b""
+        if image.get("bytes") or not image.get("path"):
+            return image.get("bytes") or b""
+        # Files that came with the set, and no others: a set from elsewhere must not choose what is opened here.
+        file = Path(image["path"]).resolve()
+        if not any(file.is_relative_to(Path(cache).resolve()) for cache in (HF_HUB_CACHE, HF_DATASETS_CACHE)):
+            raise ValueError("it names a file outside of the data set")
+        return str(file)
 
     def label(self, number: int) -> str:
         return f"row {number}"
 
 
 def open_images(data: str) -> ImageSet:
-    """A folder of images; parquet files by a pattern; a folder or a name on the Hub that `datasets` loads.
+    """A folder of images; parquet files by a pattern; a data set on the Hub.
 
     Args:
-        data: "photos", "scenes/test-*.parquet", "scenes:validation+test", "owner/name:train". What follows the colon
-            is the split, as in `datasets.load_dataset`; it may be missing where there is only one.
+        data: "photos", "scenes/test-*.parquet", "owner/name:train". What follows a Hub name's colon is the split, as in
+            `datasets.load_dataset`; it may be missing where there is only one.
 
     Raises:
         ValueError: when there are no such images; the message says what there is.
     """
     if data.endswith(".parquet"):
-        files = sorted(glob.glob(data))
+        # By their files: `datasets` takes two folders of the same name for one set, whatever is in them.
+        files = [glob.escape(file) for file in sorted(glob.glob(data))]
         if not files:
             raise ValueError(f"No file matches {data}.")
         return DatasetImages(data, datasets.load_dataset("parquet", data_files=files, split="train"))
-    # The last colon that is not inside of a slice, as in scenes:train[:8000], and not a drive's, as in C:\photos.
-    parts = re.fullmatch(r"(?P<name>.{2,}?)(?::(?P<split>[\w+%\[\]:]+))?", data)
-    name, split = parts["name"], parts["split"]
-    if Path(name).is_dir() and not split and not any(Path(name).glob("*.parquet")):
-        return FolderImages(name)
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"{name} is neither a folder, nor a parquet file, nor a data set on the Hub (owner/name).")
-    if split:
-        return DatasetImages(data, datasets.load_dataset(name, split=split))
-    splits = datasets.load_dataset(name)
-    if len(splits) != 1:
-        raise ValueError(f"{name} has the splits {', '.join(splits)}: choose some, as in {name}:{next(iter(splits))}.")
-    return DatasetImages(data, next(iter(splits.values())))
+    if Path(data).is_dir():
+        return FolderImages(data)
+    on_the_hub = re.fullmatch(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>.+))?", data)
+    if not on_the_hub:
+        raise ValueError(
+            f"{data} is neither a folder, nor parquet files, nor a data set on the Hub (owner/name:split)."
+        )
+    name, split = on_the_hub["name"], on_the_hub["split"]
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError) as error:  # no such set, no such split, no network
+        raise ValueError(f"{data} is no folder here, and cannot be loaded from the Hub: {str(error)[:300]}") from error
+    if isinstance(rows, datasets.DatasetDict):
+        if len(rows) != 1:
+            raise ValueError(f"{name} has the splits {', '.join(rows)}: choose one, as in {name}:{next(iter(rows))}.")
+        rows = next(iter(rows.values()))
+    return DatasetImages(data, rows)
 
 
 class Found(NamedTuple):
