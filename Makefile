@@ -41,7 +41,7 @@ demo: $(VENV)/.installed-demo
 	@test -e $(OUT)/demo/scenes || $(RUN) -m training.scenes $(OUT)/demo/scenes --seed 1 --validation 8000 \
 	  --train 4 --twins 2 --test 100 --task-size 10
 	@PORT=$(PORT) EXAMPLES="$(EXAMPLES)" $(RUN) model_cards/space/app.py --model $(OUT)/nano/model \
-	  --data $(OUT)/demo/scenes:validation --index $(OUT)/demo/index
+	  --data "$(OUT)/demo/scenes/validation-*.parquet" --index $(OUT)/demo/index
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
