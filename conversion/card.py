@@ -31,7 +31,7 @@ from conversion.card_settings import (
     scenes_manifest,
     training_settings,
 )
-from conversion.card_sources import of_these_weights, read_cosines, read_results
+from conversion.card_sources import bm_6b_sources, of_these_weights, read_cosines, read_results
 from conversion.card_tables import Section, cosine_tables, published_number, results_table, sections
 from conversion.hub_contents import model_facts, read_config
 from eval.files import write_text
@@ -212,6 +212,7 @@ def _body(
         "cosines_table": spread,
         "thresholds_table": thresholds,
         "cosines_counts": _counts(cosines) if cosines else "",
+        "bm_6b_sources": bm_6b_sources() if settings.origin == "published" else [],
         "runs": runs,
         "data_notes": data_notes,
         "handler": (FOLDER / "handler.py").is_file(),
@@ -223,7 +224,7 @@ def _body(
         return [fill(one) for one in value] if isinstance(value, list) else value
 
     own = {name: fill(value) for name, value in vars(settings).items()}
-    own["reproduce"] = own["reproduce"] or _commands(settings, card, repo_id)
+    own["reproduce"] = own["reproduce"] or _commands(settings, card, repo_id).strip()
     try:
         template = environment.from_string((FOLDER / "template.md").read_text(encoding="utf-8"))
         return re.sub(r"\n{3,}", "\n\n", template.render({**values, **own}).strip()) + "\n"

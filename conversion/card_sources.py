@@ -6,6 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from conversion.hub_contents import model_tensors, open_tensors
 from eval.files import read_json
 
@@ -24,6 +26,8 @@ RESULTS = {
 }
 THRESHOLD = {"threshold": NUMBER, "wrong": NUMBER, "right": NUMBER}
 PAIRS = {"right": [NUMBER], "wrong": [NUMBER], "right_pairs": int, "wrong_pairs": int, "thresholds": [THRESHOLD]}
+SOURCE = {"name": str, "language": str, "rows": int, "rows_from": str}
+TABLE_12 = Path(__file__).parents[1] / "training" / "corpus" / "table_12.yaml"
 COSINES = {"about": ABOUT, "data": str, "quantiles": [NUMBER], "languages": {"*": PAIRS}}
 
 
@@ -52,6 +56,42 @@ def read_cosines(folder: Path, path: str | Path | None) -> dict[str, Any] | None
     document = read_json(Path(path))
     _require(document, COSINES, str(path))
     return of_these_weights(folder, [document], str(path))
+
+
+def bm_6b_sources() -> list[dict[str, str]]:
+    """The rows of the paper's training data, as far as they are known: training/corpus/table_12.yaml.
+
+    Raises:
+        ValueError: for a file that is damaged, or lacks an entry.
+    """
+    try:
+        document = yaml.safe_load(TABLE_12.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{TABLE_12} is not a readable YAML file: {error}") from error
+    rows = []
+    for one in _require(document, {"sources": [SOURCE]}, str(TABLE_12))["sources"]:
+        pairs, own = one.get("pairs_in_paper"), one.get("public", True)
+        row = {
+            "name": one["name"],
+            "language": one["language"],
+            "public": "no"
+            if not own
+            else "its images; the paper's new captions are not"
+            if one.get("generated")
+            else "yes",
+            "pairs": _amount(pairs) if pairs else "see the paper's Table 12",
+            "published": f"{_amount(one['rows'])} ({one['rows_from'].partition(';')[0]})" if own else "none",
+        }
+        rows.append(row)
+        if one.get("translated"):
+            rows.append(
+                {**row, "name": f"{one['name']}, translated", "language": "zh", "public": "no", "published": "none"}
+            )
+    return rows
+
+
+def _amount(number: int) -> str:
+    return f"{number / 10**9:.2f} billion" if number >= 10**9 else f"{number / 10**6:.0f} million"
 
 
 def _require(value: Any, wanted: Any, where: str) -> Any:
