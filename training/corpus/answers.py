@@ -45,6 +45,11 @@ def clean(answer: str) -> str:
     return text
 
 
+def as_data(text: str) -> str:
+    """A caption as it may stand between the tags of a prompt: it cannot close them."""
+    return re.sub(r"<\s*/?\s*caption\s*>", " ", text, flags=re.IGNORECASE)
+
+
 def _units(text: str) -> list[str]:
     """The text as Han, kana and hangul characters and words of other letters, so that one brand name does not outweigh
     a Chinese sentence."""

@@ -24,7 +24,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
@@ -35,7 +35,7 @@ from modeling_m2encoder.hub_folder import complete_or_absent
 
 from ..images import UnusableImage, decode_image
 from .pinned import BLIP_2
-from .rewriters import BLIP_2_PROMPTS, CaptionModel, load_captioner
+from .rewriters import BLIP_2_PROMPTS, Captioner, CaptionModel, load_captioner
 from .scorer import worker_device
 
 IGNORED = -100
@@ -128,10 +128,11 @@ class Batches:
     """Pairs to what the model's `forward` takes. B pairs, L tokens of the longest; labels are IGNORED on the picture,
     the prompt and the padding."""
 
-    def __init__(self, model: Any, processor: Any, max_tokens: int):
-        self.model, self.processor, self.max_tokens = model, processor, max_tokens
-        self.kind = model.config.model_type
-        self.encoder_decoder = self.kind == "blip-2" and not model.config.use_decoder_only_language_model
+    def __init__(self, captioner: Captioner, max_tokens: int):
+        self.captioner, self.max_tokens = captioner, max_tokens
+        self.config, self.processor = captioner.model.config, captioner.processor
+        self.kind = self.config.model_type
+        self.encoder_decoder = self.kind == "blip-2" and not self.config.use_decoder_only_language_model
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
         """pixel_values [B, 3, height, width], input_ids, attention_mask and labels [B, L].
@@ -157,15 +158,15 @@ class Batches:
         tokenizer = self.processor.tokenizer
         prompt = tokenizer(pair.prompt)["input_ids"]
         if self.kind == "blip-2":
-            prompt = [self.model.config.image_token_id] * self.model.config.num_query_tokens + prompt
+            prompt = [self.config.image_token_id] * self.config.num_query_tokens + prompt
         if self.encoder_decoder:
             inputs, labels = prompt, tokenizer(pair.rewritten)["input_ids"]
         else:
             if self.kind == "blip":  # generates from [DEC] and the prompt without its end
-                prompt = [self.model.config.text_config.bos_token_id, *prompt[1:-1]]
+                prompt = [self.config.text_config.bos_token_id, *prompt[1:-1]]
             # The blank is a part of the first word for tokenizers of bytes, and nothing for others.
             new = tokenizer(f" {pair.rewritten}", add_special_tokens=False)["input_ids"]
-            new = [*new, self._end()]
+            new = [*new, self.captioner.end]
             inputs, labels = prompt + new, [IGNORED] * len(prompt) + new
         if max(len(inputs), len(labels)) > self.max_tokens:
             raise ValueError(
@@ -173,12 +174,6 @@ class Batches:
                 f"({self.max_tokens})."
             )
         return inputs, labels
-
-    def _end(self) -> int:
-        """What ends a caption when the model writes: BLIP-2's OPT was taught to end at a line break."""
-        text = self.model.config.text_config
-        end = text.sep_token_id if self.kind == "blip" else text.eos_token_id
-        return end[0] if isinstance(end, list) else end
 
 
 def finetune(settings: FinetuneSettings) -> Path:
@@ -200,7 +195,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     order.shuffle(pairs)
     held_out = math.ceil(settings.held_out * len(pairs)) if len(pairs) > 1 else 0
     test, train = pairs[:held_out], pairs[held_out:]
-    batches = Batches(model, processor, settings.max_tokens)
+    batches = Batches(loaded, settings.max_tokens)
     records = list(_epochs(model, trained, batches, train, test, order, settings))
     with complete_or_absent(settings.output) as folder:
         model.eval().save_pretrained(folder)

@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from .answers import CaptionChecks, clean
+from .answers import CaptionChecks, as_data, clean
 from .chat import Reply, ServerSettings
 from .config import CorpusConfig
 from .engine import KEPT, Counts, Report, run_stage
@@ -166,7 +166,7 @@ class _Task:
         prompts = self.settings.instructions()
         asked = [place for place, row in enumerate(rows) if row["language"] in prompts]
         raw = [(row["text"] or "")[: self.settings.max_raw_characters] for row in rows]
-        filled = [prompts[rows[place]["language"]].replace("{raw}", raw[place]) for place in asked]
+        filled = [prompts[rows[place]["language"]].replace("{raw}", as_data(raw[place])) for place in asked]
         answers = rewriter([rows[place] for place in asked], filled) if asked else []
         results = [Reply(None, "no_prompt")] * len(rows)
         for place, (answer, reason) in zip(asked, answers, strict=True):

@@ -110,24 +110,27 @@ class TransformersRewriter:
         Raises:
             ValueError: for a model that cannot be loaded.
         """
-        replies: list[Reply | None] = [None] * len(rows)
-        images: dict[int, Image.Image] = {}
-        for place, row in enumerate(rows):
-            try:
-                images[place] = decode_image((row["image"] or {}).get("bytes"))
-            except UnusableImage as error:
-                replies[place] = Reply(None, str(error))
         loaded = _kept(self.settings, worker_device(self.settings.device))
-        lengths = {place: loaded.tokens(prompts[place]) for place in images}
-        for place, length in lengths.items():
+        replies: list[Reply | None] = [None] * len(rows)
+        order = []
+        for place, prompt in enumerate(prompts):
+            length = loaded.tokens(prompt)
             if loaded.longest and length + self.settings.max_new_tokens > loaded.longest:
                 replies[place] = Reply(None, "prompt_too_long")
+            else:
+                order.append((length, place))
         # Prompts of about the same length together, so that little padding is computed.
-        order = sorted((lengths[place], place) for place in images if replies[place] is None)
-        for batch in self._batches(order, loaded.pads):
-            texts = self._generate(loaded, [images[place] for place in batch], [prompts[place] for place in batch])
-            for place, text in zip(batch, texts, strict=True):
-                replies[place] = Reply(text)
+        for batch in self._batches(sorted(order), loaded.pads):
+            images: dict[int, Image.Image] = {}
+            for place in batch:
+                try:
+                    images[place] = decode_image((rows[place]["image"] or {}).get("bytes"))
+                except UnusableImage as error:
+                    replies[place] = Reply(None, str(error))
+            if images:
+                answers = self._generate(loaded, list(images.values()), [prompts[place] for place in images])
+                for place, answer in zip(images, answers, strict=True):
+                    replies[place] = answer
         return replies  # type: ignore[return-value]  # each place was filled
 
     def _batches(self, order: Sequence[tuple[int, int]], pads: bool) -> Iterator[list[int]]:
@@ -138,23 +141,30 @@ class TransformersRewriter:
                 yield places[start : start + self.settings.batch_size]
 
     @torch.inference_mode()
-    def _generate(self, loaded: Captioner, images: list[Image.Image], prompts: list[str]) -> list[str]:
-        """What the model writes after each picture and prompt, without the prompt."""
+    def _generate(self, loaded: Captioner, images: list[Image.Image], prompts: list[str]) -> list[Reply]:
+        """What the model writes after each picture and prompt, without the prompt; "cut_short" where it did not end."""
         model, processor = loaded.model, loaded.processor
         # Decoder-only models go on from the last token: no padding may come after the prompt.
         inputs = processor(images=images, text=prompts, padding=True, padding_side="left", return_tensors="pt")
         inputs = inputs.to(model.device, dtype=model.dtype)
         options = {"num_beams": self.settings.beams, "max_new_tokens": self.settings.max_new_tokens}
         ids = model.generate(**inputs, do_sample=False, **options)
+        # What ended before the longest one is padded.
+        ended = torch.isin(ids[:, -1], torch.tensor(loaded.ends, device=ids.device)).tolist()
         written = processor.batch_decode(ids, skip_special_tokens=True)
         # After generating: BLIP puts its own first token into the prompt.
         shown = processor.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-        # Some models give the prompt back in front, others do not.
-        return [text.strip().removeprefix(prompt.strip()).strip() for text, prompt in zip(written, shown, strict=True)]
+        return [
+            # Some models give the prompt back in front, others do not.
+            Reply(text.strip().removeprefix(prompt.strip()).strip(), None if end else "cut_short")
+            for text, prompt, end in zip(written, shown, ended, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class Captioner:
+    """A caption model with its processor."""
+
     model: Any
     processor: Any
 
@@ -168,6 +178,20 @@ class Captioner:
     def longest(self) -> int | None:
         """Positions that the language model has; None where they are relative."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def end(self) -> int:
+        """The token after a caption: BLIP ends as BERT does, BLIP-2's OPT was taught to end at a line break."""
+        text = self.model.config.get_text_config()
+        end = text.sep_token_id if self.model.config.model_type == "blip" else text.eos_token_id
+        return end[0] if isinstance(end, list) else end
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that nothing but other such tokens follows."""
+        tokenizer = self.processor.tokenizer
+        known = (self.end, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        return sorted({token for token in known if token is not None})
 
     @property
     def pads(self) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import multiprocess
@@ -26,6 +25,9 @@ from .pinned import CHINESE_CLIP, CLIP, model_identity, revision_of
 from .rows import Row
 
 DType = Literal["float32", "bfloat16", "float16"]
+
+_PIXELS_AT_ONCE = 2**27
+"""A batch ends early at so many, 400 MB decoded: half a megapixel for each of 256 images."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,20 @@ class Scorer:
         return limit is not None and score >= limit
 
     def _read(self, source: Iterator[Row]) -> tuple[list[Row], list[Image.Image | str]]:
-        rows = list(islice(source, self.settings.batch_size))
+        rows: list[Row] = []
+        images: list[Image.Image | str] = []
         decoded: dict[bytes | None, Image.Image | str] = {}
-        contents = [(row["image"] or {}).get("bytes") for row in rows]
-        for content in contents:
+        pixels = 0
+        while len(rows) < self.settings.batch_size and pixels < _PIXELS_AT_ONCE:
+            if (row := next(source, None)) is None:
+                break
+            content = (row["image"] or {}).get("bytes")
             if content not in decoded:
-                decoded[content] = _decoded(content)
-        return rows, [decoded[content] for content in contents]
+                decoded[content] = image = _decoded(content)
+                pixels += 0 if isinstance(image, str) else math.prod(image.size)
+            rows.append(row)
+            images.append(decoded[content])
+        return rows, images
 
     @torch.inference_mode()
     def _score(self, rows: list[Row], images: list[Image.Image | str]) -> list[Scored]:

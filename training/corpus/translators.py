@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from eval.models import LOADING_ERRORS
 
+from .answers import as_data
 from .chat import ChatClient, Question, Reply, ServerSettings
 from .journal import Journal
 from .pinned import OPUS_EN_ZH, model_identity, revision_of
@@ -74,7 +75,7 @@ class ServerTranslator:
             return self._client.ask(questions, journal, Question("probe", self._filled("A red circle.")))
 
     def _filled(self, text: str) -> str:
-        return self._prompt.replace("{text}", text)
+        return self._prompt.replace("{text}", as_data(text))
 
 
 class TransformersTranslator:
@@ -111,7 +112,8 @@ class TransformersTranslator:
             options["forced_bos_token_id"] = loaded.target
         ids = loaded.model.generate(**inputs, **options)
         ends = torch.tensor(loaded.model.generation_config.eos_token_id, device=ids.device)
-        ended = torch.isin(ids[:, 1:], ends).any(1).tolist()  # [:, 1:]: some models begin with the end
+        # Some models begin with the end, and some are made to end at the last place, whatever they had to say.
+        ended = torch.isin(ids[:, 1 : settings.max_new_tokens], ends).any(1).tolist()
         # The language is a token of the output, which not every tokenizer calls special.
         own = ids if loaded.target is None else ids[:, 2:]
         written = loaded.tokenizer.batch_decode(own, skip_special_tokens=True)

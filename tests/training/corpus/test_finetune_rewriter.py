@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.training.corpus.pairs import row
 from tests.training.corpus.tiny_generators import save_tiny
+from training.corpus.chat import Reply
 from training.corpus.finetune_rewriter import IGNORED, Batches, FinetuneSettings, Pair, finetune, read_pairs
 from training.corpus.rewrite import RewriteSettings
 from training.corpus.rewriters import CaptionModel, TransformersRewriter, load_captioner
@@ -35,11 +36,11 @@ def picture_row(folder: Path, colour: str) -> dict:
     return row(0, image={"bytes": (folder / f"{colour}.png").read_bytes(), "path": None})
 
 
-def captions(folder: Path, model: Path) -> dict[str, str]:
+def captions(folder: Path, model: Path) -> dict[str, Reply]:
     rewriter = TransformersRewriter(CaptionModel(str(model), beams=1, max_new_tokens=20, device="cpu"))
     prompt = PROMPTS["en"].replace("{raw}", "img 1")
     replies = rewriter([picture_row(folder, colour) for colour in COLOURS], [prompt] * 2)
-    return {colour: reply.text for colour, reply in zip(COLOURS, replies, strict=True)}
+    return dict(zip(COLOURS, replies, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["blip-2 with opt", "blip-2 with t5", "blip"])
@@ -63,7 +64,8 @@ def test_the_model_learns_to_write_the_new_captions(kind: str, tmp_path: Path) -
     losses = [record["loss"] for record in records]
     assert len(losses) == 80
     assert losses[-1] < 0.2 * losses[0]
-    assert captions(tmp_path, tmp_path / "out") == COLOURS != before
+    expected = {colour: Reply(text) for colour, text in COLOURS.items()}  # to the end, not cut short
+    assert captions(tmp_path, tmp_path / "out") == expected != before
 
 
 def test_the_bridge_alone_learns_and_the_rest_stays_as_it_was(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_the_same_seed_gives_the_same_model(tmp_path: Path) -> None:
 def test_the_loss_is_that_of_the_new_caption_alone(kind: str, tmp_path: Path) -> None:
     folder = save_tiny(kind, tmp_path / "model")
     loaded = load_captioner(CaptionModel(str(folder)), "cpu")
-    batches = Batches(loaded.model, loaded.processor, 128)
+    batches = Batches(loaded, 128)
     write_pairs(tmp_path)
     pairs = [Pair(tmp_path / "red.png", "caption: a", "a red circle"), Pair(tmp_path / "blue.png", "a", "two")]
     batch = batches(pairs)

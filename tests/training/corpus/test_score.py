@@ -105,6 +105,20 @@ def test_the_batch_changes_no_score(section: dict) -> None:
     assert again == scores[5]
 
 
+def test_large_images_make_smaller_batches(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(place) for place in range(9)]
+    settings = ScoreSettings(str(clip), device="cpu")
+    whole = [scored.score for _, scored in Scorer(settings).scored(rows)]
+    seen: list[int] = []
+    encode = TransformersAdapter.encode_images
+    monkeypatch.setattr(
+        TransformersAdapter, "encode_images", lambda self, images: seen.append(len(images)) or encode(self, images)
+    )
+    monkeypatch.setattr("training.corpus.scorer._PIXELS_AT_ONCE", 2000)  # an image has 1,200 or more
+    assert [scored.score for _, scored in Scorer(settings).scored(rows)] == pytest.approx(whole, abs=1e-6)
+    assert seen == [2, 2, 2, 2, 1]
+
+
 def test_captions_of_one_image_cost_one_image(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     encode = TransformersAdapter.encode_images
