@@ -3,9 +3,10 @@
     python -m benchmarks.search --model MODEL --scenes SCENES --photos 'photos/*.parquet' --captions photos/val.parquet
 
 Three collections: scenes (what a quickstart model knows), photos, and made-up vectors of the 0.4B and 1B models' width.
-For the first two each caption of 1,000 is a query, in English and in Chinese. One thread throughout. Recall@10 is the
-share of the ten best by exact search (fp32, inner product of vectors of length 1) that an index finds among its ten.
-Writes benchmarks/search.json. usearch is compared where it is installed; it is no dependency.
+For the first two each caption of 1,000 is a query, in English and in Chinese. Recall@10 is the share of the ten best by
+exact search (fp32, inner product of vectors of length 1) that an index finds among its ten. One thread; times are CPU
+seconds, which other work on the machine changes little. Writes benchmarks/search.json. usearch is compared where it is
+installed; it is no dependency.
 """
 
 from __future__ import annotations
@@ -35,16 +36,17 @@ INDEXES = {
     "binary, 10x rescored with int8": ("RaBitQ,Refine(SQ8)", {"k_factor_rf": 10}),
     "binary, 40x rescored with int8": ("RaBitQ,Refine(SQ8)", {"k_factor_rf": 40}),
 }
+LARGEST_FOR_USEARCH = 100_000  # its graph takes several times as long to build
 Search = Callable[[np.ndarray], np.ndarray]
 
 
 def faiss_index(vectors: np.ndarray, words: str) -> tuple[Any, float, float]:
-    """An index of vectors [N, d], the seconds it took, and its bytes per vector on disk."""
-    started = time.perf_counter()
+    """An index of vectors [N, d], the CPU seconds it took, and its bytes per vector on disk."""
+    started = time.process_time()
     index = faiss.index_factory(vectors.shape[1], words, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
     index.add(vectors)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return index, seconds, faiss.serialize_index(index).nbytes / len(vectors)
 
 
@@ -64,21 +66,21 @@ def sign_bits(vectors: np.ndarray, times: int) -> tuple[Search, float]:
 def usearch_index(vectors: np.ndarray, dtype: str) -> tuple[Any, float, float]:
     from usearch.index import Index
 
-    started = time.perf_counter()
+    started = time.process_time()
     index = Index(ndim=vectors.shape[1], metric="ip", dtype=dtype)
     index.add(np.arange(len(vectors)), vectors, threads=1)
-    return index, time.perf_counter() - started, index.serialized_length / len(vectors)
+    return index, time.process_time() - started, index.serialized_length / len(vectors)
 
 
 def measure(search: Search, queries: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Recall per language, and queries per second over all, the best of three passes."""
+    """Recall per language, and queries per CPU second over all, the best of three passes."""
     found = {language: search(rows) for language, rows in queries.items()}  # warms up
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         for rows in queries.values():
             search(rows)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     recall = {
         language: float(np.mean([len(set(a) & set(b)) / K for a, b in zip(ids, exact[language], strict=True)]))
         for language, ids in found.items()
@@ -113,13 +115,38 @@ def compare(name: str, vectors: np.ndarray, queries: dict[str, np.ndarray]) -> d
         search, size = sign_bits(vectors, times)
         note(f"signs, {times}x rescored with float32", measure(search, queries, exact), size)
     try:
-        for dtype in ("f32", "i8"):
+        for dtype in ("f32", "i8") if len(vectors) <= LARGEST_FOR_USEARCH else ():
             index, seconds, size = usearch_index(vectors, dtype)
             found = measure(lambda rows, index=index: index.search(rows, K, threads=1).keys, queries, exact)
             note(f"usearch {dtype}, HNSW", found, size, seconds)
     except ImportError:
         print("usearch is not installed: not compared")
     return {"vectors": len(vectors), "dimensions": vectors.shape[1], "indexes": results}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of docs/search.md: a row per index; recalls in percent, collections beside each other."""
+    collections = result["collections"]
+    heads = [_head(name, each) for name, each in collections.items()]
+    lines = ["| index | bytes per vector | " + " | ".join(heads) + " | queries per second |"]
+    lines.append("|---" * (len(heads) + 3) + "|")
+    for title in next(iter(collections.values()))["indexes"]:
+        rows = [each["indexes"].get(title) for each in collections.values()]
+        measured = [row for row in rows if row]
+        sizes = dict.fromkeys(f"{row['bytes_per_vector']:,}" for row in measured)
+        recalls = [
+            " / ".join(f"{100 * share:.1f}" for share in row["recall_at_10"].values()) if row else "" for row in rows
+        ]
+        speeds = " / ".join(f"{float(format(row['queries_per_second'], '.2g')):,.0f}" for row in measured)
+        lines.append(f"| {title} | {' / '.join(sizes)} | {' | '.join(recalls)} | {speeds} |")
+    return "\n".join(lines)
+
+
+def _head(name: str, collection: dict[str, Any]) -> str:
+    (exact, *_) = collection["indexes"].values()
+    languages = list(exact["recall_at_10"])
+    head = f"{collection['vectors']:,} {name}, {collection['dimensions']}-d"
+    return f"{head}: {' / '.join(languages)}" if len(languages) > 1 else head
 
 
 # ---- Collections ---------------------------------------------------------------------------------------------------
@@ -192,6 +219,7 @@ def main() -> None:
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 1}
     result = {"versions": versions, "machine": machine, "queries": args.queries, "collections": collections}
     Path(args.output).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(markdown(result))
 
 
 if __name__ == "__main__":

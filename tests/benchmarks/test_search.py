@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 pytest.importorskip("faiss", reason="needs faiss: the search extra")
 
-from benchmarks.search import INDEXES, compare, made_up, sign_bits  # noqa: E402
+from benchmarks.search import INDEXES, compare, made_up, markdown, measure, sign_bits  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_guide_shows_what_was_measured():
+    result = json.loads((ROOT / "benchmarks" / "search.json").read_text("utf-8"))
+    assert markdown(result) in (ROOT / "docs" / "search.md").read_text("utf-8")
 
 
 def test_recall_of_two_of_ten():
     """Exact search finds its own ten; an index that gives two of them for each query has a recall of 0.2."""
-    from benchmarks.search import measure
-
     exact = {"zh": np.arange(40).reshape(4, 10)}
     partly = np.concatenate([exact["zh"][:, :2], np.full((4, 8), -1)], axis=1)
     queries = {"zh": np.zeros((4, 3), dtype=np.float32)}

@@ -37,16 +37,19 @@ SMALL = {
 }
 # (document or "", beginning of the command) -> why it is parsed and no more.
 NOT_RUN = {
+    ("docs/publishing.md", "python -m"): "tests/conversion/test_push_docs.py runs the whole document against a Hub",
+    ("README.md", "python -m conversion.push"): "tests/conversion/test_push_docs.py pushes to a Hub",
+    ("README.md", "python -m training.corpus"): "docs/corpus.md has it run",
     ("", "make"): "sets up environments; CI runs `make test`",
     ("", "pip install"): "changes the environment",
+    ("", "python -m http.server"): "serves until it is stopped",
     ("", "sbatch"): "needs a SLURM cluster",
     ("", "NODES="): "needs several hosts",
     (
         "",
         "python -m conversion.convert",
     ): "the published checkpoints are not at hand (tests/conversion converts others)",
-    ("README.md", "python -m eval run --models A,B"): "A and B are any two models",
-    ("README.md", "python -m eval compare A B"): "A and B are any two models",
+    ("", "python -m conversion.static_demo"): "fetches from npm (tests/model_cards/test_static_demo.py builds one)",
     ("docs/evaluation.md", "python -m eval run --models M2="): "downloads models and benchmarks",
     ("docs/evaluation.md", "python -m eval run --models nano="): "asks for the 1,000 photos of Flickr8k-CN",
     ("docs/evaluation.md", "python -m eval report"): "reports what was not run",
@@ -54,6 +57,10 @@ NOT_RUN = {
     ("docs/evaluation.md", "python -m eval verify"): "needs the benchmarks' data",
     ("docs/evaluation.md", "python -m eval build"): "needs COCO's annotations (tests/eval/build builds small ones)",
     ("docs/fine_grained.md", "python -m eval"): "needs COCO's annotations (tests/eval/build builds small ones)",
+}
+# Languages that no test here runs.
+OTHER_LANGUAGES = {
+    "js": "tests/contracts/test_transformers_js.py and tests/model_cards/test_static_demo.py make these calls"
 }
 # (document, words of a Python block) -> why it is compiled and no more.
 PYTHON_NOT_RUN = {
@@ -198,7 +205,9 @@ def test_snippets_run(document: str, world: Path, capsys: pytest.CaptureFixture[
             (command,) = block.commands()
             shown = prints(shlex.split(command), capsys)
             assert shown.strip() == block.output().strip(), f"{document}:{block.line} shows another output"
-        elif block.language == "":
+        elif block.language:
+            assert block.language in OTHER_LANGUAGES, f"{document}:{block.line}: nothing runs {block.language}"
+        else:
             assert not TYPED.search(block.text), f"{document}:{block.line}: a fence with commands must say bash"
 
 
