@@ -148,6 +148,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     allow_reuse_address = True
+    request_queue_size = 128
 
     def handle_error(self, *_: Any) -> None:
         """Who hangs up, or was hung up on, is part of the plan."""
