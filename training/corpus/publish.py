@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+import httpx
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
 
 from .manifest import verify
 
@@ -19,7 +20,8 @@ def publish(folder: Path, repo_id: str, *, private: bool = True) -> str:
     on the Hub and no longer here are removed there, in the same commit.
 
     Raises:
-        ValueError: for shards that are not what the index says, or a refusal of the Hub.
+        ValueError: for shards that are not what the index says, or a name that cannot be.
+        RuntimeError: when the Hub refuses, or cannot be reached.
     """
     if wrong := verify(folder):
         raise ValueError(f"{folder} is not pushed: {' '.join(wrong[:5])}")
@@ -34,6 +36,13 @@ def publish(folder: Path, repo_id: str, *, private: bool = True) -> str:
             delete_patterns=PATTERNS[:2],
             commit_message="Upload shards with training.corpus",
         )
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(f"The Hub did not take {repo_id}: {error}. Run the stage again to go on.") from error
+    except HFValidationError as error:
+        raise ValueError(f"shards.push_to_hub is {repo_id!r}: {error}") from None
+    except (
+        httpx.HTTPError,
+        OSError,
+        RuntimeError,
+    ) as error:  # of HTTP; of files and sockets; of huggingface_hub itself
+        said = str(error).replace(get_token() or "\0", "(token)")  # a server may repeat what it was sent
+        raise RuntimeError(f"The Hub did not take {repo_id}: {said} Run the stage again to go on.") from None
     return str(commit.commit_url)

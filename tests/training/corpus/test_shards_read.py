@@ -133,20 +133,40 @@ def test_pushed_and_loaded_from_the_hub(tmp_path: Path):
         assert loaded.stdout.startswith("40 (16, 16) 40 ['image', 'captions_en', 'captions_zh'")
         assert run_against(hub, output, home).returncode == 0
         assert hub.lfs_uploads == sent  # nothing is sent twice
+        other = tmp_path / "other"
+        corpus(other, bilingual(5, 5), {})
+        assert run_against(hub, other, home).returncode == 0
+        now = [name for name in hub.files("user/drawn", repo_type="dataset") if name.endswith(".parquet")]
+        assert now == sorted(path.name for path in (other / "shards").glob("*.parquet"))  # the old ones went
 
 
 def test_a_push_that_is_cut_off_goes_on(tmp_path: Path):
+    """Refused at the commit, after everything was sent: only the commit is left to do."""
     output, home = tmp_path / "corpus", tmp_path / "home"
     corpus(output, bilingual(20, 20), {})
     with HubDouble(tmp_path / "hub") as hub:
-        hub.fail(r"/commit/", status=403, times=1, message="no space left in {token}")
+        hub.fail(r"/commit/", status=403, times=1, message="no space left for {token}")
         done = run_against(hub, output, home)
-        assert done.returncode == 2 and "The Hub did not take user/drawn" in done.stderr
+        assert done.returncode == 1 and "The Hub did not take user/drawn" in done.stderr
+        assert "Traceback" not in done.stderr and "hf_dummy" not in done.stderr
         sent = Counter(hub.lfs_uploads)
         assert run_against(hub, output, home).returncode == 0
         assert Counter(hub.lfs_uploads) == sent and max(sent.values()) == 1
         shards_there = [name for name in hub.files("user/drawn", repo_type="dataset") if name.endswith(".parquet")]
         assert len(shards_there) == len([*(output / "shards").glob("*.parquet")])
+
+
+def test_an_upload_that_ends_in_the_middle(tmp_path: Path):
+    output, home = tmp_path / "corpus", tmp_path / "home"
+    corpus(output, bilingual(20, 20), {})
+    with HubDouble(tmp_path / "hub") as hub:
+        hub.fail(r"^/_lfs/", status=400, times=1)  # not 500, which huggingface_hub tries again for 20 seconds
+        done = run_against(hub, output, home)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert "The Hub did not take user/drawn" in done.stderr
+        assert not [name for name in hub.files("user/drawn", repo_type="dataset") if name.endswith(".parquet")]
+        assert run_against(hub, output, home).returncode == 0
+        assert max(Counter(hub.lfs_uploads).values()) == 1
 
 
 def test_damaged_shards_are_not_pushed(tmp_path: Path):
@@ -156,3 +176,8 @@ def test_damaged_shards_are_not_pushed(tmp_path: Path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"is not pushed: {file.name} has"):
         shards.run(push(tmp_path, bilingual(20, 20)))
+
+
+def test_a_name_that_cannot_be(tmp_path: Path):
+    with pytest.raises(ValueError, match="shards.push_to_hub is 'a/b/c'"):
+        shards.run(push(tmp_path, bilingual(5, 5), push_to_hub="a/b/c"))
