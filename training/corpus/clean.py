@@ -102,7 +102,7 @@ def run(config: CorpusConfig) -> Report:
     after = ["sources", "clean/guard"]
     run_stage(config, "clean/measure", number, measured, {"clean": settings, "buckets": buckets}, after)
     run_stage(config, "clean/match", buckets, MatchTask(folder, number), {}, ["clean/measure"])
-    run_stage(config, "clean/resolve", 1, ResolveTask(folder, buckets), {}, ["clean/match"])
+    run_stage(config, "clean/resolve", 1, ResolveTask(folder, number, buckets), {}, ["clean/match"])
     task = FilterTask(source, folder, number)
     report = run_stage(config, "clean", number, task, {"clean": settings}, ["sources", "clean/resolve"])
     for scratch in ("measure/signatures", "match/pairs"):  # nobody reads them again
@@ -114,7 +114,8 @@ def _run_guard(config: CorpusConfig, settings: CleanSettings, folder: Path) -> t
     """How many tasks wrote signatures of evaluation images, and the fingerprint of the phase."""
     files = guard_files(settings.guard)
     tasks = min(len(files), 64)
-    known = {"guard": [(str(file), file.stat().st_size) for file in files]}
+    limits = (settings.max_pixels, settings.max_bytes, settings.max_frames)
+    known = {"guard": [(str(file), file.stat().st_size) for file in files], "limits": limits}
     task = GuardTask(folder, tuple(tuple(files[start::tasks]) for start in range(tasks)), settings)
     return tasks, run_stage(config, "clean/guard", tasks, task, known).fingerprint
 
@@ -228,14 +229,14 @@ class ResolveTask:
     """Decides between the rows of all pairs."""
 
     folder: Path
+    parts: int
     buckets: int
 
     def __call__(self, number: int) -> Counts:
-        pairs = pa.concat_tables(
-            pq.read_table(part) for part in parts_once(self.folder / "match" / "pairs", self.buckets)
-        )
+        found = parts_once(self.folder / "match" / "pairs", self.buckets)
         with PartWriter(part_path(self.folder / "resolve", 0), PAIRS) as writer:
-            writer.write_table(resolve(pairs))
+            for table in resolve(found, self.parts):
+                writer.write_table(table)
         return Counts()
 
 

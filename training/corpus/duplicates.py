@@ -133,8 +133,8 @@ class Pair(NamedTuple):
 def find_pairs(files: Sequence[Path], bucket: int) -> Iterator[Pair]:
     """The pairs of one bucket.
 
-    A row that has a twin is compared with no later row, so that 100,000 white images are 100,000 comparisons; memory
-    holds the others.
+    A row that has a twin among those of a key is compared with no later row of that key, so that 100,000 white images
+    are 100,000 comparisons; memory holds the others.
 
     Args:
         files: what `Signatures.write` wrote, of all parts in order.
@@ -189,36 +189,56 @@ class _Near:
         self._by_key: dict[int, list[int]] = {}
 
     def pairs(self, row: _Row, keys: list[int], thumb: np.ndarray) -> Iterator[Pair]:
-        candidates = sorted({number for key in keys for number in self._by_key.get(key, ())})
-        twins = [
-            self._rows[candidates[at]]
-            for at in (np.flatnonzero(perceptual.are_twins(thumb, self._thumbs[candidates])) if candidates else ())
-        ]
-        for twin in twins:
+        lists = [self._by_key.setdefault(key, []) for key in keys]
+        candidates = sorted({number for numbers in lists for number in numbers})
+        found = np.flatnonzero(perceptual.are_twins(thumb, self._thumbs[candidates])) if candidates else ()
+        twins = {candidates[at] for at in found}
+        for twin in (self._rows[number] for number in sorted(twins)):
             if twin.image != row.image:
                 yield Pair(row.place, twin.place, False, twin.id)
-        if not twins:
-            self._add(row, keys, thumb)
+        # Key by key, since a key is in one bucket, but the keys of a row in as many as there are buckets.
+        without = [numbers for numbers in lists if twins.isdisjoint(numbers)]
+        if without:
+            number = self._add(row, thumb)
+            for numbers in without:
+                numbers.append(number)
 
-    def _add(self, row: _Row, keys: list[int], thumb: np.ndarray) -> None:
+    def _add(self, row: _Row, thumb: np.ndarray) -> int:
         number = len(self._rows)
         if number == len(self._thumbs):
             self._thumbs = np.concatenate([self._thumbs, np.empty_like(self._thumbs)])
         self._thumbs[number] = thumb
         self._rows.append(row)
-        for key in keys:
-            self._by_key.setdefault(key, []).append(number)
+        return number
 
 
-def resolve(pairs: pa.Table) -> pa.Table:
-    """Which rows are dropped, and for which row that is kept: at most one pair per place, sorted by place.
+def resolve(files: Sequence[Path], parts: int, pairs_at_once: int = 5_000_000) -> Iterator[pa.Table]:
+    """Which rows are dropped, and for which row that is kept: one pair for each, sorted by place.
 
     A row is dropped if one of its pairs is with a row that is kept; pairs of the same bytes first, then of the highest
     rank. Where A shows the same as B and B as C, but A not the same as C, then B is dropped for C, and A stays.
+
+    Memory holds some of the pairs, and 8 bytes for each row that is dropped.
+
+    Args:
+        files: pairs, of all buckets.
+        parts: how many there are of the rows.
     """
+    steps = -(-sum(pq.read_metadata(file).num_rows for file in files) // pairs_at_once)
+    bounds = sorted({parts * step // max(steps, 1) for step in range(max(steps, 1) + 1)})
+    dropped = np.empty(0, np.uint64)
+    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        places = [("place", ">=", first << 32), ("place", "<", last << 32)]
+        table = _resolved(pa.concat_tables(pq.read_table(file, filters=places) for file in files), dropped)
+        dropped = np.concatenate([dropped, table["place"].to_numpy()])
+        yield table
+
+
+def _resolved(pairs: pa.Table, dropped: np.ndarray) -> pa.Table:
+    """`resolve`, of the pairs of some places after those of which `dropped` are dropped."""
     pairs = pairs.sort_by([("place", "ascending"), ("exact", "descending"), ("twin", "ascending")])
     places, twins = pairs["place"].to_numpy(), pairs["twin"].to_numpy()
-    kept = ~np.isin(twins, places)  # a twin without pairs is kept
+    kept = ~np.isin(twins, places) & ~np.isin(twins, dropped)  # a twin without pairs is kept
     undecided = np.setdiff1d(places, places[kept])
     saved: set[int] = set()
     # In order of rank, so that all twins of a place are decided before it.

@@ -69,6 +69,9 @@ class Counts:
             totals[outcome] += number
         return dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Counts) and self.as_dict() == other.as_dict()
+
     def as_dict(self) -> dict[str, dict[str, dict[str, int]]]:
         """source -> language -> outcome -> rows, sorted."""
         nested: dict[str, dict[str, dict[str, int]]] = {}
@@ -208,10 +211,11 @@ def _counts_file(folder: Path, task: int) -> Path:
 
 
 def _execute(settings: ExecutorSettings, folder: Path, tasks: int, step: _Counted, stage: str) -> None:
-    from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
-    from multiprocess import get_context
+    from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
 
-    kinds = {"local": LocalPipelineExecutor, "ray": RayPipelineExecutor, "slurm": SlurmPipelineExecutor}
+    from .workers import LocalExecutor
+
+    kinds = {"local": LocalExecutor, "ray": RayPipelineExecutor, "slurm": SlurmPipelineExecutor}
     # Ray starts a process for each of its tasks, which costs as much as a thousand images.
     ranks = min(tasks, 2 * settings.workers) if settings.kind == "ray" else tasks
     log = str(folder / ".tasks" / f"of-{ranks}")
@@ -219,8 +223,6 @@ def _execute(settings: ExecutorSettings, folder: Path, tasks: int, step: _Counte
     if settings.kind == "slurm":
         options["job_name"] = f"corpus-{stage}"
     executor = kinds[settings.kind]([step], **options, **settings.options)
-    # One process imports these, and the workers of all stages are its forks: half a second less for each of them.
-    get_context("forkserver").set_forkserver_preload(["__main__", "datatrove.executor", "pyarrow.parquet", "PIL.Image"])
     with _progress(folder, tasks, stage):
         try:
             executor.run()

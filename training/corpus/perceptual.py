@@ -47,8 +47,8 @@ def thumbnails(smalls: np.ndarray) -> np.ndarray:
     """[N, 16, 16, 3] bytes -> [N, THUMBNAIL_BYTES] bytes."""
     number = len(smalls)
     chroma = smalls[..., 1:].reshape(number, 4, 4, 4, 4, 2).mean(axis=(2, 4), dtype=np.float64)
-    chroma = np.rint(chroma).astype(np.uint8)
-    return np.concatenate([smalls[..., 0].reshape(number, -1), chroma.reshape(number, -1)], axis=1)
+    chroma = np.rint(chroma).astype(np.uint8).reshape(number, THUMBNAIL_BYTES - SIDE * SIDE)
+    return np.concatenate([smalls[..., 0].reshape(number, SIDE * SIDE), chroma], axis=1)
 
 
 def are_twins(one: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -84,9 +84,9 @@ def keys(thumbs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         [K] the number of the thumbnail, [K] its key (unsigned 64 bits; twins share at least one).
     """
-    luma = thumbs[:, : SIDE * SIDE].reshape(-1, SIDE, SIDE).astype(np.float64)
+    luma = thumbs[:, : SIDE * SIDE].reshape(len(thumbs), SIDE, SIDE).astype(np.float64)
     waves = (_COSINES @ luma @ _COSINES.T)[:, _ROWS, _COLUMNS] / (1024**2 * _ONE) - _THRESHOLD
-    waves = waves.reshape(-1, _BANDS, _BITS)
+    waves = waves.reshape(len(thumbs), _BANDS, _BITS)
     weight = np.uint64(1) << np.arange(_BITS, dtype=np.uint64)
     bits = ((waves > 0) * weight).sum(axis=2, dtype=np.uint64)
     weakest = np.abs(waves).argmin(axis=2)
