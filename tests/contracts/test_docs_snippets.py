@@ -8,9 +8,11 @@ command's own parser reads it all the same.
 from __future__ import annotations
 
 import configparser
+import io
 import re
 import shlex
 import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,19 @@ PHOTOS = (
 COLOURS = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "white": "白色", "black": "黑色"}
 SHAPES = {"circle": ("圆形", "ellipse"), "square": ("方块", "rectangle")}
 
+OPTION = r"(?<![\w-])--[a-zA-Z][\w.-]*"
+TOOLS = [
+    "python -m training.pretrain nano",
+    "python -m eval.mteb_model",
+    *(f"python -m training.{name}" for name in ("scenes", "tokenizer", "plot", "preflight", "corpus")),
+    *(f"python -m eval {name}" for name in ("run", "verify", "build", "report", "compare", "picture")),
+    *(f"python -m conversion.{name}" for name in ("convert", "export", "card", "push", "static_demo")),
+    f"python {ROOT / 'docs' / 'search.py'}",
+    f"python {ROOT / 'docs' / 'finetune_sentence_transformers.py'}",
+]
+# Options of pip, torchrun, accelerate, hf and sbatch.
+OTHERS_OPTIONS = {"--no-deps", "--nproc_per_node", "--config_file", "--cpu", "--num_processes", "--rdzv_backend"}
+OTHERS_OPTIONS |= {"--repo-type", "--requeue"}
 TYPED = re.compile(r"^(\$ |python3? |pip |make |torchrun |accelerate |bash |sbatch |curl )", re.MULTILINE)
 
 
@@ -227,6 +242,24 @@ def test_links_lead_somewhere(document: str):
     text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\((?!https?://|mailto:)([^)#]*)", text):
         assert (ROOT / document).parent.joinpath(target).exists(), f"{document} links to {target}, which is not there"
+
+
+@pytest.fixture(scope="module")
+def options() -> set[str]:
+    """Every option of every command of ours, from its help."""
+    texts = io.StringIO()
+    with redirect_stdout(texts):
+        for tool in TOOLS:
+            python([*tool.split()[1:], "--help"])
+    return set(re.findall(OPTION, texts.getvalue()))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_options_named_in_the_text_exist(document: str, options: set[str]):
+    prose = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    named = {option for code in re.findall(r"`([^`]+)`", prose) for option in re.findall(OPTION, code)}
+    groups = {option.rpartition(".")[0] for option in options}
+    assert named <= options | groups | OTHERS_OPTIONS, f"{document} names {named - options - groups - OTHERS_OPTIONS}"
 
 
 @pytest.mark.parametrize("table", [NOT_RUN, PYTHON_NOT_RUN], ids=["commands", "python"])
