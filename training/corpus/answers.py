@@ -91,7 +91,7 @@ def repeats(text: str) -> bool:
 
 
 def leaks(text: str, prompt: str, raw: str) -> bool:
-    """Whether the answer quotes the instructions: six words or twelve Han characters of the prompt in a row, which are
+    """Whether the answer quotes the instructions: five words or ten Han characters of the prompt in a row, which are
     not also in the raw caption."""
     found = _runs(text) & _prompt_runs(prompt)
     return bool(found and found - _runs(raw))
@@ -101,7 +101,7 @@ def _runs(text: str) -> set[tuple[str, ...]]:
     words = re.findall(r"[a-z']+|" + _HAN.pattern, text.lower())
     found = set()
     for start, word in enumerate(words):
-        length = 12 if _HAN.match(word) else 6
+        length = 10 if _HAN.match(word) else 5
         if start + length <= len(words):
             found.add(tuple(words[start : start + length]))
     return found
@@ -248,8 +248,8 @@ class TranslationChecks:
     min_ratio: float = 0.08
     """Its characters by those of the English text; measured on machine translations, see docs/corpus.md."""
     max_ratio: float = 1.0
-    max_copied: float = 0.5
-    """Of the English words, those that stand in it again."""
+    max_copied_words: int = 3
+    """English words in a row that may stand in it again: a name."""
 
     def failure(self, text: str, source: str, prompt: str = "") -> str | None:
         """The reason why `text` is no translation of the English `source`, or None."""
@@ -261,8 +261,10 @@ class TranslationChecks:
             return "refusal"
         if repeats(text) and not repeats(source):
             return "repeated"
+        if _copies(source, text, self.max_copied_words + 1):
+            return "untranslated"
         if han_share(text) < self.han_share:
-            return "untranslated" if _copied(source, text) > self.max_copied else "wrong_language"
+            return "wrong_language"
         if not self.min_ratio <= len(text) / len(source) <= self.max_ratio:
             return "length_ratio"
         if prompt and leaks(text, prompt, source):
@@ -272,7 +274,9 @@ class TranslationChecks:
         return None
 
 
-def _copied(source: str, text: str) -> float:
-    words = re.findall(r"[a-z]+", source.lower())
-    there = set(re.findall(r"[a-z]+", text.lower()))
-    return sum(word in there for word in words) / len(words) if words else 0.0
+def _copies(source: str, text: str, number: int) -> bool:
+    """Whether so many words of the source in a row, or all if it has fewer, stand in the text."""
+    own, there = (re.findall(r"[a-z]+", part.lower()) for part in (source, text))
+    number = min(number, len(own))
+    runs = {tuple(own[start : start + number]) for start in range(len(own) - number + 1)}
+    return number > 0 and any(tuple(there[start : start + number]) in runs for start in range(len(there) - number + 1))

@@ -25,6 +25,7 @@ from training.corpus.answers import (
     repeats,
 )
 from training.corpus.rewrite import PROMPTS
+from training.corpus.translate import PROMPT
 
 
 @pytest.mark.parametrize(
@@ -260,6 +261,9 @@ def test_a_caption_that_lost_the_names_is_not_used() -> None:
         ("a brown  DOG", "A brown dog", "untranslated"),
         ("A brown dog 狗", "A brown dog.", "untranslated"),
         ("Un chien brun", "A brown dog.", "wrong_language"),
+        ("A brown dog runs 在草地上奔跑的狗，天气很好。", "A brown dog runs on the green grass.", "untranslated"),
+        ("在New York City的一只狗。", "A dog in New York City.", None),
+        ("一只狗。Answer with the translation alone.", "A dog runs on the grass here.", "prompt_echo"),
         ("抱歉，我无法翻译。", "A brown dog runs.", "refusal"),
         ("狗狗狗狗狗狗", "A brown dog runs.", "repeated"),
         ("狗", "A brown dog runs on the green grass.", "length_ratio"),
@@ -269,7 +273,7 @@ def test_a_caption_that_lost_the_names_is_not_used() -> None:
     ],
 )
 def test_the_reason_why_a_translation_goes_to_quarantine(text: str, source: str, reason: str | None) -> None:
-    assert TranslationChecks().failure(text, source) == reason
+    assert TranslationChecks().failure(text, source, PROMPT) == reason
 
 
 def test_human_and_machine_captions_of_photos_pass(shared: Path) -> None:
