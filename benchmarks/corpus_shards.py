@@ -46,17 +46,17 @@ def part(number: int) -> Iterator[dict[str, Any]]:
 
 def make(folder: Path, rows: int) -> None:
     for number in range(rows // PART_ROWS):
-        write_rows(folder / "rows" / f"part-{number:05d}.parquet", part(number))
+        write_rows(folder / "clean" / "kept" / f"part-{number:05d}.parquet", part(number))
 
 
 def measure(folder: Path) -> dict[str, Any]:
     """Of this process alone."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    files = tuple(sorted((folder / "rows").iterdir()))
+    files = sorted((folder / "clean" / "kept").iterdir())
     weight = sum(file.stat().st_size for file in files)
     buckets = max(1, -(-weight // (SHARDS_PER_BUCKET * SHARD_BYTES)))
     start = time.process_time()
-    scatter = ScatterTask(files, folder / "shards" / "scatter" / "buckets", 0, buckets)
+    scatter = ScatterTask(folder, (("clean", "kept"),), 0, buckets)
     rows = sum(scatter(number).total() for number in range(len(files)))
     scattered = time.process_time()
     gather = ShardTask(folder / "shards", ("parquet",), SHARD_BYTES, 0.0, 512, None)

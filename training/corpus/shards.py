@@ -11,8 +11,9 @@ them the number of pairs of each language is known, and with it how many of the 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,7 +89,8 @@ def run(config: CorpusConfig) -> Report:
     settings = config.section("shards", ShardsSettings)
     folder = config.output / "shards"
     streams = inputs(config)
-    files = [part for stage, stream in streams for part in parts(config.output / stage / stream)]
+    input_parts.cache_clear()  # the stages before may have run since
+    files = input_parts(config.output, streams)
     claim(folder, {"stage": "shards", "seed": config.seed, "settings": settings.of_content()})
     weight = sum(file.stat().st_size for file in files)
     buckets = min(settings.fan_out, max(1, -(-weight // (SHARDS_PER_BUCKET * settings.bytes))))
@@ -96,7 +98,7 @@ def run(config: CorpusConfig) -> Report:
         config,
         "shards/scatter",
         len(files),
-        ScatterTask(tuple(files), folder / "scatter" / "buckets", config.seed, buckets),
+        ScatterTask(config.output, streams, config.seed, buckets),
         {"buckets": buckets},
         after=tuple(dict.fromkeys(stage for stage, _ in streams)),
     )
@@ -132,10 +134,16 @@ def _sweep(folder: Path) -> None:
             half.unlink(missing_ok=True)
 
 
-def inputs(config: CorpusConfig) -> list[tuple[str, str]]:
+def inputs(config: CorpusConfig) -> tuple[tuple[str, str], ...]:
     """(stage, stream) of all rows that go into the shards: those of the last stage that chose, and what was added."""
     first = next((pair for pair in _CHOOSING if config.has(pair[0])), ("sources", "rows"))
-    return [first, *((stage, "kept") for stage in ("rewrite", "translate") if config.has(stage))]
+    return (first, *((stage, "kept") for stage in ("rewrite", "translate") if config.has(stage)))
+
+
+@lru_cache(maxsize=1)
+def input_parts(output: Path, streams: tuple[tuple[str, str], ...]) -> list[Path]:
+    """Listed once per process; a task that carried them would be pickled with all of them for each part."""
+    return [part for stage, stream in streams for part in parts(output / stage / stream)]
 
 
 _CHOOSING = (("score", "high"), ("clean", "kept"))
@@ -177,15 +185,16 @@ def _surplus(have: dict[str, int], zh_share: float) -> tuple[str, int]:
 class ScatterTask:
     """Sends the rows of one part to the buckets."""
 
-    files: tuple[Path, ...] = field(repr=False)  # datatrove writes the repr of a task into the log of each
-    folder: Path
+    output: Path
+    streams: tuple[tuple[str, str], ...]
     seed: int
     buckets: int
 
     def __call__(self, number: int) -> Counts:
         counts, seen = Counts(), set()
-        with shuffle.Scatter(self.folder, f"part-{number:06d}.parquet") as scatter:
-            for batch in shuffle.batches([self.files[number]]):
+        folder = self.output / "shards" / "scatter" / "buckets"
+        with shuffle.Scatter(folder, f"part-{number:06d}.parquet") as scatter:
+            for batch in shuffle.batches([input_parts(self.output, self.streams)[number]]):
                 has_image = pc.is_valid(pc.struct_field(batch.column("image"), "bytes"))
                 names = (batch.column(name).to_pylist() for name in ("id", "source", "language"))
                 for identity, source, language, kept in zip(*names, has_image.to_pylist(), strict=True):

@@ -15,8 +15,9 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,17 +81,14 @@ def run(config: CorpusConfig) -> Report:
     folder, shards = config.output / "tokenizer", config.output / "shards"
     if not (shards / "index.json").is_file():
         raise ValueError(f"{shards} has no index.json: the tokenizer reads the shards. Run the stage `shards` first.")
-    index = read_json(shards / "index.json")
-    files = sorted(entry["file"] for entry in index["shards"] if entry["split"] == "train")
-    files = [name for name in files if name.endswith(min(name.rpartition(".")[2] for name in files))]
-    limits = sample(index["totals"]["train"]["pairs"], settings)
+    train_shards.cache_clear()
+    files = train_shards(shards)
+    limits = sample(read_json(shards / "index.json")["totals"]["train"]["pairs"], settings)
     counted = run_stage(
         config,
         "tokenizer/count",
         len(files),
-        CountTask(
-            tuple(str(shards / name) for name in files), folder / "count", config.seed, limits, settings.lowercase
-        ),
+        CountTask(shards, folder / "count", config.seed, limits, settings.lowercase),
         {"texts": settings.texts, "zh_share": settings.zh_share, "lowercase": settings.lowercase},
         after=["shards"],
     )
@@ -101,6 +99,15 @@ def run(config: CorpusConfig) -> Report:
     report = Report("tokenizer", len(files), counted.counts, vars(settings), learned.fingerprint, measured)
     write_report(folder, report)
     return report
+
+
+@lru_cache(maxsize=1)
+def train_shards(folder: Path) -> list[Path]:
+    """The training shards of one format, listed once per process."""
+    index = read_json(folder / "index.json")
+    names = sorted(entry["file"] for entry in index["shards"] if entry["split"] == "train")
+    formats = {name.rpartition(".")[2] for name in names}
+    return [folder / name for name in names if name.endswith(min(formats))]
 
 
 def sample(pairs: dict[str, int], settings: TokenizerSettings) -> dict[str, tuple[int, int]]:
@@ -132,7 +139,7 @@ def sample(pairs: dict[str, int], settings: TokenizerSettings) -> dict[str, tupl
 class CountTask:
     """Counts the words of one shard; writes words/part-* and held_out/part-*."""
 
-    shards: tuple[str, ...] = field(repr=False)  # datatrove writes the repr of a task into the log of each
+    shards: Path
     folder: Path
     seed: int
     limits: dict[str, tuple[int, int]]
@@ -145,7 +152,7 @@ class CountTask:
         with PartWriter(self.folder / "held_out" / name, _TEXTS) as held_out:
 
             def sampled() -> Iterator[str]:
-                for identity, source, language, text in captions(Path(self.shards[number])):
+                for identity, source, language, text in captions(train_shards(self.shards)[number]):
                     pick, _ = shuffle.hashes(self.seed, f"tokenizer:{identity}")
                     learned, held = self.limits[language]
                     outcome = KEPT if pick < learned else HELD_OUT if pick >= held else NOT_SAMPLED
