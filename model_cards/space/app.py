@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ EXAMPLES = (
     "海滩上的一只狗|a dog on the beach;雪山|snowy mountains;一碗面条|a bowl of noodles;夜晚的城市|a city at night"
 )
 TOP, MOST = 12, 48
-THUMBNAIL = 384  # longest side of the pictures sent to the page, in pixels
+THUMBNAIL = 384  # longest side of the pictures on the page, in pixels
 MAX_QUERY = 500  # characters
 
-Picture = tuple[Image.Image, str]
-"""A picture of the gallery and its caption."""
+Picture = tuple[str, str]
+"""A file of the gallery and its caption."""
 
 
 class App:
@@ -45,6 +46,9 @@ class App:
     def __init__(self, encoder: Encoder, index: SearchIndex):
         self.encoder = encoder
         self.index = index
+        # gradio's own copies of pictures can be read while another visitor's request still writes them.
+        self._folder = tempfile.TemporaryDirectory(prefix="m2-encoder-")
+        gr.set_static_paths([self._folder.name])
 
     def search(self, query: str, top: float = TOP) -> tuple[list[Picture], str]:
         """The pictures nearest to a query, best first."""
@@ -86,6 +90,19 @@ class App:
             ),
         )
 
+    def uploaded_file(self, upload: Any) -> str | None:
+        """The path of an uploaded file, unopened: gradio would open it, whatever its size, and only say "Error".
+
+        gradio checks the paths that a request marks as files, and no others; here a request can name only an upload, or
+        an example.
+        """
+        if upload is None or not upload.path:
+            return None
+        file = Path(upload.path).resolve()
+        if not any(file.is_relative_to(Path(folder).resolve()) for folder in (get_upload_folder(), self._folder.name)):
+            raise gr.Error("This image was not uploaded here.")
+        return str(file)
+
     def _find(self, query: str, top: float) -> list[Found]:
         return self.index.search(self.encoder.texts([query.strip()])[0], int(np.clip(top, 1, MOST)))
 
@@ -94,19 +111,23 @@ class App:
         pictures = []
         for each in found:
             place = f", {tongue} #{other[each.number]}" if other and each.number in other else ""
-            caption = f"{each.cosine:.3f}{place} ({self.index.images.label(each.number)})"
-            pictures.append((thumbnail(self.index.images.source(each.number)), caption))
+            caption = f"{each.cosine:.3f}{place}\n{self.index.images.label(each.number)}"
+            pictures.append((self._thumbnail(each.number), caption))
         return pictures
 
-
-def thumbnail(source: str | Path | bytes) -> Image.Image:
-    """A picture for the page, at most THUMBNAIL pixels wide or high; grey where it can no longer be read."""
-    try:
-        image = open_image(source).convert("RGB")
-    except ValueError:
-        return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "grey")
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
+    def _thumbnail(self, number: int) -> str:
+        """The file of a small picture of an image; grey where the image can no longer be read."""
+        file = Path(self._folder.name) / f"{number}.webp"
+        if not file.exists():
+            try:
+                image = open_image(self.index.images.source(number)).convert("RGB")
+            except ValueError:
+                image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "grey")
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            beside = file.with_suffix(f".{threading.get_ident()}")
+            image.save(beside, "WEBP", quality=90)
+            os.replace(beside, file)
+        return str(file)
 
 
 def build_page(app: App, pairs: Sequence[tuple[str, str]]) -> gr.Blocks:
@@ -145,7 +166,7 @@ def _classify_tab(app: App, pairs: Sequence[tuple[str, str]]) -> None:
     with gr.Row():
         with gr.Column(min_width=280):
             image = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], height=280, buttons=[])
-            image.preprocess = uploaded_file
+            image.preprocess = app.uploaded_file
             labels = gr.Textbox(
                 "，".join(chinese for chinese, _ in pairs),
                 label="Labels, in either language",
@@ -162,21 +183,10 @@ def _classify_tab(app: App, pairs: Sequence[tuple[str, str]]) -> None:
     inputs = [image, labels, english, chinese]
     gr.on([button.click, labels.submit], app.classify, inputs, scores, api_name="classify")
     all_labels = ["，".join(chinese for chinese, _ in pairs), ", ".join(english for _, english in pairs)]
-    examples = [[file, all_labels[number % 2]] for number, file in enumerate(_example_files(app, pairs))]
+    # The image nearest to each query.
+    files = [app.search(chinese, 1)[0][0][0] for chinese, _ in pairs]
+    examples = [[file, all_labels[number % 2]] for number, file in enumerate(files)]
     gr.Examples(examples, [image, labels], label="Examples", fn=app.classify, outputs=scores, run_on_click=True)
-
-
-def uploaded_file(upload: Any) -> str | None:
-    """The path of an uploaded file, unopened: gradio's own opens it, whatever its size, and says no more than "Error".
-
-    gradio checks the paths that a request marks as files, and no others; here a request can name no file of the server.
-    """
-    if upload is None or not upload.path:
-        return None
-    file = Path(upload.path).resolve()
-    if not file.is_relative_to(Path(get_upload_folder()).resolve()):
-        raise gr.Error("This image was not uploaded here.")
-    return str(file)
 
 
 def _compare_tab(app: App, pairs: Sequence[tuple[str, str]]) -> None:
@@ -226,17 +236,6 @@ def _gallery(label: str) -> gr.Gallery:
         interactive=False,
         render=False,
     )
-
-
-def _example_files(app: App, pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """The image nearest to each of the queries, as the files that gradio shows as examples."""
-    folder = Path(tempfile.mkdtemp(prefix="m2-encoder-examples-"))
-    files = []
-    for number, (chinese, _) in enumerate(pairs):
-        (image, _), *_ = app.search(chinese, 1)[0]
-        files.append(str(folder / f"{number}.png"))
-        image.save(files[-1])
-    return files
 
 
 def parse_pairs(text: str) -> list[tuple[str, str]]:
