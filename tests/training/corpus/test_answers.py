@@ -263,7 +263,11 @@ def test_a_caption_that_lost_the_names_is_not_used() -> None:
         ("Un chien brun", "A brown dog.", "wrong_language"),
         ("A brown dog runs 在草地上奔跑的狗，天气很好。", "A brown dog runs on the green grass.", "untranslated"),
         ("在New York City的一只狗。", "A dog in New York City.", None),
-        ("一只狗。Answer with the translation alone.", "A dog runs on the grass here.", "prompt_echo"),
+        (
+            "一只狗在草地上。Answer with the translation alone.",
+            "A dog runs on the grass, over and over.",
+            "prompt_echo",
+        ),
         ("抱歉，我无法翻译。", "A brown dog runs.", "refusal"),
         ("狗狗狗狗狗狗", "A brown dog runs.", "repeated"),
         ("狗", "A brown dog runs on the green grass.", "length_ratio"),
