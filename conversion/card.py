@@ -96,7 +96,7 @@ def render_card(
 def _metadata(
     settings: CardSettings, repo_id: str, model: Mapping[str, Any] | None, found: Mapping[str, Section], onnx: bool
 ) -> ModelCardData:
-    index = _measured_index(settings.name, model) if model else []
+    index = model_index({**model, "name": settings.name})[0]["results"] if model else []
     published = [
         EvalResult(
             task_type=TASK_TYPES[task.kind][0],
@@ -125,23 +125,6 @@ def _metadata(
         **settings.metadata,
         **({"model-index": [{"name": settings.name, "results": index}]} if index else {}),
     )
-
-
-def _measured_index(name: str, model: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The measured part of model-index. The Hub knows a data set and its metrics, but no benchmarks within a data set:
-    their names go before the metrics'."""
-    found = []
-    for task in model["tasks"]:
-        about = task["task"]
-        for benchmark in task["benchmarks"]:
-            one = {"name": name, "tasks": [{**task, "benchmarks": [benchmark]}]}
-            for result in model_index(one)[0]["results"]:
-                if benchmark["name"] != about["name"]:
-                    result["dataset"]["name"] = f"{about['title']} ({result['dataset']['config']})"
-                    for metric in result["metrics"]:
-                        metric["name"] = f"{benchmark['name']} {metric['name']}"
-                found.append(result)
-    return found
 
 
 def _metric(kind: str) -> str:

@@ -90,7 +90,10 @@ def write_report(output: Path) -> list[Path]:
 
 
 def model_index(model: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The `model-index` of a model card, from one model of results.json: values in percent with their interval."""
+    """The `model-index` of a model card, from one model of results.json: values in percent with their interval.
+
+    The Hub knows a data set and its metrics, but no benchmarks within a data set: their names go before the metrics'.
+    """
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
@@ -99,6 +102,7 @@ def model_index(model: Mapping[str, Any]) -> list[dict[str, Any]]:
         about = task["task"]
         task_type, task_name = TASK_TYPES[about["kind"]]
         for benchmark in task["benchmarks"]:
+            within = "" if benchmark["name"] == about["name"] else f"{benchmark['name']} "
             for metric, scores in benchmark["metrics"].items():
                 for language, score in scores.items():
                     entries.append(
@@ -106,12 +110,12 @@ def model_index(model: Mapping[str, Any]) -> list[dict[str, Any]]:
                             task_type=task_type,
                             task_name=task_name,
                             dataset_type=about["data"] or about["name"],
-                            dataset_name=f"{about['title']} ({benchmark['name']}, {language})",
+                            dataset_name=f"{about['title']} ({language})",
                             dataset_config=language,
                             dataset_split=about["split"],
                             dataset_revision=task["revision"],
                             metric_type=METRIC_TYPES.get(metric, metric.partition("/")[0]),
-                            metric_name=f"{metric} ({language})",
+                            metric_name=f"{within}{metric} ({language})",
                             metric_value=_points(score["value"]),
                             metric_args={"protocol": benchmark["protocol"], **_interval(score)},
                         )
