@@ -265,7 +265,7 @@ def test_a_caption_that_lost_the_names_is_not_used() -> None:
         ("在New York City的一只狗。", "A dog in New York City.", None),
         (
             "一只狗在草地上。Answer with the translation alone.",
-            "A dog runs on the grass, over and over.",
+            "A brown dog runs on the green grass, over and over, in the park.",
             "prompt_echo",
         ),
         ("抱歉，我无法翻译。", "A brown dog runs.", "refusal"),
