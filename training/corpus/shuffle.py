@@ -2,7 +2,7 @@
 
 Every image has a place in [0, 2^64), a hash of the seed and the image's own hash: sorted by place, the corpus is
 shuffled, the same way whoever does it. Pass one (`Scatter`) sends the rows of each part to buckets, ranges of places.
-Pass two (`training.corpus.shards`) reads one bucket, cuts it into shards and sorts each of them. Rows of one image have
+Pass two (`training.corpus.shard_task`) reads one bucket, cuts it into shards and sorts each of them. Rows of one image have
 one place, so they meet whatever source and stage they come from: a shard holds each image once, with all its texts.
 """
 
@@ -25,7 +25,6 @@ from .rows import SCHEMA
 PLACES = 2**64
 _BUFFER = 2**26  # bytes that wait for all buckets together
 _ROWS = 256
-_STORED = {"image.bytes": "none"}  # compressed already; pass two compresses once more, for good
 
 KEYS = [
     ("place", pa.uint64()),  # of the image in the shuffled corpus
@@ -39,6 +38,7 @@ _TEXTS = ("id", "source", "url", "text", "licence", "raw_text", "origin", "langu
 BUCKET_SCHEMA = pa.schema(
     [("image", pa.large_binary()), *[(f.name, f.type) for f in SCHEMA if f.name != "image"], *KEYS]
 )
+_COMPRESSION = {name: "none" if name == "image" else "zstd" for name in BUCKET_SCHEMA.names}
 
 
 def hashes(seed: int, text: str) -> tuple[int, int]:
@@ -79,8 +79,7 @@ class Scatter:
                 path = self._folder / f"{bucket:05d}" / self._name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-                compression = {column: _STORED.get(f"{column}.bytes", "zstd") for column in BUCKET_SCHEMA.names}
-                self._files[bucket] = (pq.ParquetWriter(beside, BUCKET_SCHEMA, compression=compression), beside)
+                self._files[bucket] = (pq.ParquetWriter(beside, BUCKET_SCHEMA, compression=_COMPRESSION), beside)
             self._files[bucket][0].write_table(pa.Table.from_batches(batches))
         self._waiting, self._bytes = {}, 0
 
@@ -122,12 +121,8 @@ def keyed(batch: pa.RecordBatch, seed: int, seen: set[str]) -> pa.RecordBatch:
     columns["image_size"] = pc.binary_length(image)
     columns["pair_size"] = _text_sizes(columns)
     return pa.RecordBatch.from_arrays(
-        [columns[name].cast(kind) for name, kind in _names_and_types()], BUCKET_SCHEMA.names
+        [columns[field.name].cast(field.type) for field in BUCKET_SCHEMA], schema=BUCKET_SCHEMA
     )
-
-
-def _names_and_types() -> list[tuple[str, pa.DataType]]:
-    return [(field.name, field.type) for field in BUCKET_SCHEMA]
 
 
 def _text_sizes(columns: dict[str, pa.Array]) -> pa.Array:
