@@ -2,8 +2,8 @@
 
 Every image has a place in [0, 2^64), a hash of the seed and the image's own hash: sorted by place, the corpus is
 shuffled, the same way whoever does it. Pass one (`Scatter`) sends the rows of each part to buckets, ranges of places.
-Pass two (`training.corpus.shard_task`) reads one bucket, cuts it into shards and sorts each of them. Rows of one image have
-one place, so they meet whatever source and stage they come from: a shard holds each image once, with all its texts.
+Pass two (`training.corpus.shard_task`) reads one bucket, cuts it into shards and sorts each of them. Rows of one image
+have one place, so they meet whatever source and stage they come from: a shard holds each image once, with its texts.
 """
 
 from __future__ import annotations
