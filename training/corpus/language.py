@@ -24,9 +24,10 @@ _LETTERS_PER_HAN = 5
 _HAN_PER_LATIN = 0.5  # above it a text is not English any more: "a 寺 in Kyoto" is, "T恤" is not
 _MAX_KANA = 0.2  # of Chinese and Japanese signs: Chinese advertising likes a の
 # py3langid's log-probability of the best language less that of English, divided by the root of the bytes (its own
-# scale for texts of different length). English captions stay below 2.7, sentences in other languages begin at 5.6;
-# names ("flag: Hong Kong SAR China": 5.6) are no evidence, hence the words in small letters.
-_WORDS, _SMALL_WORDS, _SURE = 5, 3, 4.0
+# scale for texts of different length). English captions of 5 words stay below 2.7, those made of foreign words below
+# 4.9, sentences in other languages begin at 5.6, most at 9; names ("flag: Hong Kong SAR China": 5.6) are no evidence,
+# hence the words in small letters.
+_WORDS, _SMALL_WORDS, _SURE = 5, 3, 5.5
 
 
 def languages_of(text: str) -> frozenset[str]:
