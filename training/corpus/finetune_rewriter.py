@@ -8,8 +8,8 @@ what is here is the recipe. One JSON object a line:
     {"image": "1.jpg", "raw": "IMG_204 Rex at the beach!!", "rewritten": "Rex, a dog, on a beach.", "language": "en"}
 
 `image` is a path relative to the file, or absolute. The model learns to write `rewritten` after the picture and the
-prompt with `raw` in it: the loss is that of these tokens alone. As in BLIP-2 (arXiv 2301.12597, sections 3 and 4.3),
-the language model stays as it is, and so does the vision tower unless asked; what learns is the bridge between them.
+prompt with `raw` in it: the loss is that of these tokens alone. As in BLIP-2's pre-training (arXiv 2301.12597, section
+3) the language model and the vision tower stay as they are unless asked; what learns is the bridge between them.
 AdamW with weight decay 0.05, peak learning rate 1e-5, linear warm-up and cosine decay are LAVIS' for captions
 (caption_coco_ft.yaml). Afterwards the stage takes the folder:
 
@@ -281,5 +281,13 @@ def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
+def main(settings: FinetuneSettings) -> None:
+    """Runs the command line; mistakes of the user end with their message."""
+    try:
+        print(finetune(settings))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 if __name__ == "__main__":
-    print(finetune(tyro.cli(FinetuneSettings, description=__doc__)))
+    main(tyro.cli(FinetuneSettings, prog="training.corpus.finetune_rewriter", description=__doc__))

@@ -24,7 +24,8 @@ from .rows import Row
 from .scorer import DType, worker_device
 
 BLIP_2_PROMPTS = {"en": "Caption: {raw} Question: what does the picture show? Answer:"}
-"""In the form that BLIP-2's language models were asked in (arXiv 2301.12597, section 4.2). It knows English only."""
+"""BLIP-2 is asked in the form "Question: ... Answer:" (transformers, `Blip2ForConditionalGeneration.forward`). It knows
+English only."""
 
 
 @dataclass(frozen=True)

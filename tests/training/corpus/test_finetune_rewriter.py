@@ -13,7 +13,7 @@ from PIL import Image
 from tests.training.corpus.pairs import row
 from tests.training.corpus.tiny_generators import save_tiny
 from training.corpus.chat import Reply
-from training.corpus.finetune_rewriter import IGNORED, Batches, FinetuneSettings, Pair, finetune, read_pairs
+from training.corpus.finetune_rewriter import IGNORED, Batches, FinetuneSettings, Pair, finetune, main, read_pairs
 from training.corpus.rewrite import RewriteSettings
 from training.corpus.rewriters import CaptionModel, TransformersRewriter, load_captioner
 
@@ -156,3 +156,8 @@ def test_a_blip_has_no_bridge_to_train(tmp_path: Path) -> None:
     folder = save_tiny("blip", tmp_path / "model")
     with pytest.raises(ValueError, match="no bridge"):
         finetune(FinetuneSettings(write_pairs(tmp_path), tmp_path / "out", str(folder), device="cpu"))
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"error: .*nowhere\.jsonl"):
+        main(FinetuneSettings(tmp_path / "nowhere.jsonl", tmp_path / "out"))
