@@ -4,7 +4,6 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 OUT    ?= runs/quickstart
 PORT   ?= 7860
-EXAMPLES ?= 红色的圆形|a red circle;蓝色的圆形|a blue circle;三颗黄色的星星|three yellow stars;红色的圆在蓝色方块的左边|a red circle to the left of a blue square
 
 .PHONY: help install quickstart demo test lint clean
 
@@ -35,13 +34,23 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 quickstart: install
 	OUT=$(OUT) PYTHON=$(RUN) bash training/launch/quickstart.sh
 
-# Searches 8,000 scenes that the model was not trained on: another seed than the quickstart's.
+# The quickstart's model over 8,000 scenes that it was not trained on (another seed). MODEL, DATA and EXAMPLES take others.
+MODEL ?= $(OUT)/nano/model
+DATA  ?= $(OUT)/demo/scenes/validation-*.parquet
+ifeq ($(origin DATA),file)
+EXAMPLES ?= 红色的圆形|a red circle;蓝色的圆形|a blue circle;三颗黄色的星星|three yellow stars;红色的圆在蓝色方块的左边|a red circle to the left of a blue square
+endif
+
 demo: $(VENV)/.installed-demo
-	@test -e $(OUT)/nano/model || { echo "There is no model in $(OUT)/nano/model yet: run 'make quickstart' first."; exit 1; }
+ifeq ($(origin MODEL),file)
+	@test -e $(MODEL) || { echo "There is no model in $(MODEL) yet: run 'make quickstart' first."; exit 1; }
+endif
+ifeq ($(origin DATA),file)
 	@test -e $(OUT)/demo/scenes || $(RUN) -m training.scenes $(OUT)/demo/scenes --seed 1 --validation 8000 \
 	  --train 4 --twins 2 --test 100 --task-size 10
-	@PORT=$(PORT) EXAMPLES="$(EXAMPLES)" $(RUN) model_cards/space/app.py --model $(OUT)/nano/model \
-	  --data "$(OUT)/demo/scenes/validation-*.parquet" --index $(OUT)/demo/index
+endif
+	@PORT=$(PORT) EXAMPLES="$(EXAMPLES)" $(RUN) model_cards/space/app.py --model "$(MODEL)" --data "$(DATA)" \
+	  --index $(OUT)/demo/index
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import statistics
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -154,6 +155,30 @@ def against_the_pipeline(model: str, handler: Any, address: str, images: list[by
     return {"requests": count, **milliseconds, "largest_difference_of_scores": difference}
 
 
+def large_picture(handler: Any, side: int = 8192) -> dict[str, Any]:
+    """What one JPEG of side x side pixels, the most that is decoded, takes beyond what was in memory, for a moment."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), "red").save(file, "JPEG")
+    before, peak, done = resident_mib(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], resident_mib())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        handler({"inputs": file.getvalue()})
+    finally:
+        done.set()
+        watching.join()
+    return {
+        "pixels": side * side,
+        "peak_mib": round(peak[0] - before),
+        "afterwards_mib": round(resident_mib() - before),
+    }
+
+
 def scene_images(scenes: Path, count: int) -> list[bytes]:
     table = pyarrow.parquet.read_table(next(scenes.glob("test-*.parquet")), columns=["image"])
     return [row["bytes"] for row in table.column("image").to_pylist()[:count]]
@@ -173,6 +198,7 @@ def main() -> None:
     with serving(handler) as address:
         under_load(address, mixed_requests(images, 60), arguments.clients)  # threads and buffers are made now
         load = under_load(address, mixed_requests(images, arguments.requests), arguments.clients)
+        picture = large_picture(handler)
         peer = against_the_pipeline(arguments.model, handler, address, images, 200)
     document = {
         "command": "python -m benchmarks.handler",
@@ -181,6 +207,7 @@ def main() -> None:
         "model": arguments.model,
         "load": load,
         "zero_shot_one_client": peer,
+        "large_picture": picture,
     }
     write_json(arguments.output, document)
     print(json.dumps(document, indent=1))

@@ -317,7 +317,8 @@ class EndpointHandler:
             if opened.mode not in ("I", "F") and not opened.mode.startswith("I;16"):
                 settings = self.processor.image_processor
                 size = (settings.size["width"], settings.size["height"])
-                opened = opened.convert("RGB").resize(size, settings.resample)
+                opened = opened if opened.mode == "RGB" else opened.convert("RGB")
+                opened = opened.resize(size, settings.resample)
             return self.processor(images=[opened], return_tensors="pt")["pixel_values"]
         except (RequestError, MemoryError):
             raise

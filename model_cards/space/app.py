@@ -260,7 +260,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="a folder of images, parquet files (a pattern), or owner/name:split on the Hub",
     )
     parser.add_argument("--index", default=environment("INDEX", "index"), help="where embeddings are kept")
-    parser.add_argument("--examples", default=environment("EXAMPLES", EXAMPLES), help='"中文|English;中文|English"')
+    parser.add_argument("--examples", default=environment("EXAMPLES") or EXAMPLES, help='"中文|English;中文|English"')
     parser.add_argument("--port", type=int, default=int(environment("PORT", 7860)))
     settings = parser.parse_args(arguments)
     if not settings.model or not settings.data:
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pairs = parse_pairs(settings.examples)
         app = make_app(settings)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: no such model
         raise SystemExit(f"error: {error}") from error
     launch(build_page(app, pairs), settings.port)
 

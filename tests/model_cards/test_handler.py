@@ -240,3 +240,18 @@ def test_settings_from_the_environment(hub_folder, captions, monkeypatch):
     monkeypatch.setenv("M2_ENCODER_MAX_TEXTS", "0")
     with pytest.raises(ValueError, match="1 or more"):
         load_handler(hub_folder)
+
+
+def test_the_published_numbers_are_the_measured_ones():
+    root = HANDLER.parents[1]
+    text = (root / "docs" / "serving.md").read_text(encoding="utf-8")
+    measured = json.loads((root / "benchmarks" / "handler.json").read_text(encoding="utf-8"))
+    load, one = measured["load"], measured["zero_shot_one_client"]
+    assert (load["requests"], load["clients"], load["errors"]) == (2000, 16, 0)
+    assert f"| {load['requests_per_second']:.0f} per second, no errors |" in text
+    assert f"| {load['p50_ms']:.0f} ms, {load['p95_ms']:.0f} ms |" in text
+    assert f"| {load['resident_before_mib']} MiB, {load['resident_after_mib']} MiB |" in text
+    names = ("pipeline", "handler", "handler_over_http")
+    milliseconds = ", ".join("{:.1f} ms".format(one[name + "_ms"]) for name in names)
+    assert f"| {milliseconds} |" in text
+    assert f"| {measured['large_picture']['peak_mib']} MiB more |" in text

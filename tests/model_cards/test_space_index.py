@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from pathlib import Path
@@ -311,3 +312,15 @@ def test_languages_and_labels():
     expected = ["红色的圆形", "a red circle", "猫", "狗"]
     assert split_labels(" 红色的圆形\uff0ca red circle, 猫\u3001狗\n猫,, ") == expected
     assert split_labels(" ,\uff0c ") == []
+
+
+def test_the_published_numbers_are_the_measured_ones():
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "demo.md").read_text(encoding="utf-8")
+    measured = json.loads((root / "benchmarks" / "demo_search.json").read_text(encoding="utf-8"))
+    percent = measured["percent"]
+    zh, en, chance = percent["zh"], percent["en"], percent["chance"]
+    for name, by_chance in (("right_colour_in_first_12", "right_colour"), ("right_pair_in_first_12", "right_pair")):
+        assert f"| {zh[name]} % | {en[name]} % | {chance[by_chance]} % |" in text
+    assert f"| {zh['right_pair_is_first']} % | {en['right_pair_is_first']} % |" in text
+    assert f"each of the {percent['pairs']} pairs" in text and f"{measured['images']:,} scenes" in text
