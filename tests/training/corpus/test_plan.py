@@ -151,6 +151,9 @@ def test_measured_rates_are_those_of_the_benchmarks():
     rates = read_yaml(HERE / "rates.yaml")["rates"]
     shards = json.loads((ROOT / "benchmarks" / "corpus_shards.json").read_text())["runs"]
     assert rates["shards"]["value"] == pytest.approx(shards[-1]["rows_per_core_second"], rel=0.05)
+    web = json.loads((ROOT / "benchmarks" / "corpus_web_images.json").read_text())["stages"]
+    for stage, found in web.items():
+        assert rates[stage]["value"] == pytest.approx(found["rows_per_core_second"], rel=0.05)
     tokenizer = json.loads((ROOT / "benchmarks" / "corpus_tokenizer.json").read_text())
     seconds = tokenizer["count_cpu_seconds"] + tokenizer["learn_cpu_seconds"]
     assert rates["tokenizer"]["value"] == pytest.approx(tokenizer["captions"] / seconds, rel=0.05)
