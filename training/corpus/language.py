@@ -2,7 +2,7 @@
 letters by a model.
 
 Made not to lose a good text: short texts and those with letters of both are taken at their row's word, and the model
-is only believed when it is sure. Measured on `../shared/data`: see docs/corpus.md.
+is only believed when it is sure. `benchmarks/corpus_twins.json` has what is lost of captions and names.
 """
 
 from __future__ import annotations
