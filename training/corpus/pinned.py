@@ -1,8 +1,8 @@
 """The models of the Hub that the stages use when none is named, each at one commit, and what tells models apart.
 
-The commits were not downloaded here (no network); each is the one that several public projects pin, CLIP's also the one
-of MTEB 2.26. BLIP-2's is the first with the image placeholders (`image_token_index`) that transformers 5 needs; the one
-of MTEB is older and has none.
+The commits were not downloaded here (no network); each is one that several public projects pin, CLIP's also the one of
+MTEB 2.26. MTEB's commit of BLIP-2 is from March 2024, before transformers had the image placeholders
+(`image_token_index`) that its version 5 needs; this one is in use with them.
 """
 
 from __future__ import annotations
