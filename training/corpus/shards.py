@@ -43,6 +43,7 @@ class ShardsSettings:
     """`shards:` of the corpus file."""
 
     format: Literal["parquet", "tar", "both"] = "parquet"
+    """Of "both", each has everything: name one of them to a reader, as in `shards/train-*.tar`."""
     bytes: int = 2**28
     """Of the largest shard: images and texts. A worker needs about ten times as much memory."""
     zh_share: float | None = None

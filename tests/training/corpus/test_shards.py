@@ -371,6 +371,20 @@ def test_rows_come_from_the_streams_that_the_file_has(tmp_path: Path):
     assert source["pairs"]["train"] == {"en": 27, "zh": 15} and source["kept"] == 42
 
 
+def test_translated_pairs_have_a_line_of_their_own_in_the_card(tmp_path: Path):
+    rows = bilingual(30, 0)
+    new = [{**one, "id": one["id"] + "#zh", "text": "翻译过的", "language": "zh"} for one in rows[:10]]
+    config = corpus(tmp_path, rows, {"translate": {}, "shards": {}})
+    finish(tmp_path, "translate", "kept", new, Counts({"drawn": {"en": {KEPT: 10, "untranslated": 20}}}))
+    shards.run(config)
+    table = (tmp_path / "shards" / "README.md").read_text()
+    assert (
+        "| drawn | en | 30 | 30 | 75.0 % |\n| drawn (translated) | zh | 0 | 10 | 25.0 % |\n| all | en, zh | 30 | 40 |"
+        in table
+    )
+    assert "| train | 30 | 30 | 10 |" in table  # images, pairs en, pairs zh
+
+
 def test_totals_that_do_not_add_up_are_an_error(tmp_path: Path):
     config = corpus(tmp_path, bilingual(10, 10), {"shards": {}})
     finish(tmp_path, "sources", "rows", bilingual(12, 10))  # two more than clean knows of
