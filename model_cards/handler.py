@@ -63,6 +63,7 @@ PATH = re.compile(
     r"(?:/|~|\.{1,2}[/\\]|\\\\|[A-Za-z]:[/\\])\S*|\S+\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|svg|heic)", re.IGNORECASE
 )
 CHUNK = 32  # rows in one pass through the model
+KEPT_CHARACTERS = 100_000  # of a set of labels whose embeddings are kept
 
 Item = str | bytes | Image.Image
 """A text, or an image."""
@@ -190,7 +191,8 @@ class EndpointHandler:
             raise RequestError('hypothesis_template must have one place for the label, "{}", as in "一张{}的照片".')
         # Not str.format: "{:>999999999}" is a template too.
         prompts = tuple(template.replace("{}", label) for label in labels)
-        texts = F.normalize(self._prompts(prompts), dim=-1)
+        embed = self._prompts if sum(map(len, prompts)) <= KEPT_CHARACTERS else self._embed_texts
+        texts = F.normalize(embed(prompts), dim=-1)
         images = F.normalize(self._embed_images(items), dim=-1)
         scale = self.model.logit_scale.detach().float().exp().cpu()
         probabilities, order = (scale * images @ texts.T).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 pytest.importorskip("gradio", reason="the Space needs gradio (the demo extra)")
+pytest.importorskip("playwright", reason="pages are tested in a browser: pip install playwright (the dev extra)")
 
 from playwright.sync_api import expect  # noqa: E402
 
