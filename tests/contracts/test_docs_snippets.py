@@ -41,6 +41,7 @@ SMALL = {
 NOT_RUN = {
     ("docs/publishing.md", "python -m"): "tests/conversion/test_push_docs.py runs the whole document against a Hub",
     ("README.md", "python -m conversion.push"): "tests/conversion/test_push_docs.py pushes to a Hub",
+    ("", "python -m benchmarks.endpoint_server"): "serves until it is stopped (tests/model_cards asks it)",
     ("README.md", "python -m training.corpus"): "docs/corpus.md has it run",
     ("README.md", "python -m conversion.export"): "docs/export.md has it run",
     ("", "make"): "sets up environments; CI runs `make test`",
