@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from tests.training.corpus.pairs import config, contents, finished, picture, row
 from tests.training.corpus.tiny_generators import save_tiny
 from training.corpus import rewrite
 from training.corpus.chat import Reply
-from training.corpus.config import CorpusConfig
+from training.corpus.config import CorpusConfig, ExecutorSettings
 from training.corpus.engine import KEPT
 from training.corpus.pinned import BLIP_2, PINNED
 from training.corpus.rewrite import RewriteSettings
@@ -177,7 +178,8 @@ def test_a_server_that_fails_in_every_way_and_dies_changes_nothing(whole: Path, 
         return FAULTS[number // 4 % len(FAULTS)] if number % 4 == 3 else None
 
     with ChatServer(answer, other_plan) as server:
-        rewrite.run(corpus(tmp_path, clip, server.url, retries=4))
+        two = ExecutorSettings("local", workers=2)
+        rewrite.run(dataclasses.replace(corpus(tmp_path, clip, server.url, retries=4), executor=two))
         after = of_rows(server.answered)
     assert not {*before} & {*after}  # nothing is asked again
     assert sum((before + after).values()) == 40

@@ -215,6 +215,8 @@ def test_nan_is_counted_where_it_is_the_rows_and_refused_where_it_is_the_models(
     every = {"model": str(broken_clip(clip, tmp_path / "every", every=True)), "device": "cpu"}
     with pytest.raises(RuntimeError, match="NaN"):
         score.run(config(tmp_path, {"score": every}))
+    finished(tmp_path / "short", "clean", {"kept": [row(0)]})  # one row must not stop a corpus for ever
+    assert score.run(config(tmp_path / "short", {"score": every})).counts.total("not_finite") == 1
 
 
 def test_the_histogram_counts_every_scored_row(section: dict, tmp_path: Path) -> None:
