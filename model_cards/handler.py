@@ -246,8 +246,8 @@ class EndpointHandler:
                 raise RequestError('An input that is an object must be {"image": ...} or {"text": ...}.')
             kind, item = next(iter(item.items()))
             return self._text(item, "text") if kind == "text" else self._image(item)
-        if isinstance(item, str) and not _is_image(item):
-            if PATH.fullmatch(item):
+        if isinstance(item, str) and not _is_image(item.strip()):
+            if PATH.fullmatch(item.strip()):
                 raise RequestError(
                     f"{_seen(item)} looks like the path of a file, and no files are opened here: send the image "
                     'itself, or {"text": ...} to embed these words.'
@@ -283,9 +283,9 @@ class EndpointHandler:
             return image
         most = self.limits.max_image_bytes
         if isinstance(image, str):
-            if URL.match(image):
-                return self._from_url(image)
-            image = _from_base64(image, most)
+            if URL.match(image.strip()):
+                return self._from_url(image.strip())
+            image = _from_base64(image.strip(), most)
         elif isinstance(image, (bytearray, memoryview)):
             image = bytes(image)
         if not isinstance(image, bytes):

@@ -157,6 +157,8 @@ WRONG = {
     "a path to a picture": "../../photos/cat.jpg",
     "a name of a picture": "cat.png",
     "a home": "~/.ssh/id_rsa",
+    "a path behind a line break": "\n/etc/passwd\n",
+    "a URL behind blanks": "  http://127.0.0.1/",
     "a path of Windows": "C:\\Users\\me\\cat.png",
     "a share of Windows": "\\\\server\\share\\cat.png",
     "a path as an image": {"image": "/etc/passwd"},

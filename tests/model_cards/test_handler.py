@@ -52,7 +52,16 @@ def test_every_form_of_an_image(handler, expected, images):
     png = encoded(images[0])
     text = in_base64(png)
     wrapped = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
-    forms = [images[0], png, bytearray(png), text, wrapped, f"data:image/png;base64,{text}", {"image": text}]
+    forms = [
+        images[0],
+        png,
+        bytearray(png),
+        text,
+        wrapped,
+        f"\n{text}\n",
+        f"data:image/png;base64,{text}",
+        {"image": text},
+    ]
     answers = [handler({"inputs": form}) for form in forms]
     assert all(answer == answers[0] for answer in answers)
     assert answers[0] == pytest.approx(expected.image_embeds[0].tolist(), abs=1e-6)
