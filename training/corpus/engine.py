@@ -144,8 +144,7 @@ def run_stage(
     counts = Counts()
     for number in range(tasks):
         if not _counts_file(folder, number).is_file():
-            waits = "is submitted, or " if config.executor.kind == "slurm" else ""
-            raise RuntimeError(f"Task {number} of {stage} {waits}failed: see {folder / '.tasks'}. Then run this again.")
+            raise RuntimeError(f"Task {number} of {stage} failed: see {folder / '.tasks'}. Then run this again.")
         counts.update(Counts(read_json(_counts_file(folder, number))))
     _remove_leftovers(folder)
     report = Report(stage, tasks, counts, settings, fingerprint)
@@ -213,21 +212,25 @@ def _counts_file(folder: Path, task: int) -> Path:
 def _execute(settings: ExecutorSettings, folder: Path, tasks: int, step: _Counted, stage: str) -> None:
     from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
 
+    from . import slurm
     from .workers import LocalExecutor
 
     kinds = {"local": LocalExecutor, "ray": RayPipelineExecutor, "slurm": SlurmPipelineExecutor}
-    # Ray starts a process for each of its tasks, which costs as much as a thousand images.
-    ranks = min(tasks, 2 * settings.workers) if settings.kind == "ray" else tasks
+    # Ray and Slurm start a process for each of their tasks, which costs as much as a thousand images.
+    ranks = tasks if settings.kind == "local" else min(tasks, 2 * settings.workers)
     log = str(folder / ".tasks" / f"of-{ranks}")
     options = {"logging_dir": log, "tasks": ranks, "workers": min(settings.workers, ranks)}
     if settings.kind == "slurm":
-        options["job_name"] = f"corpus-{stage}"
-    executor = kinds[settings.kind]([step], **options, **settings.options)
+        options["job_name"] = f"corpus-{stage.replace('/', '-')}"
+        options["env_command"] = slurm.environment()
+    executor = kinds[settings.kind]([step], **{**options, **settings.options})
     with _progress(folder, tasks, stage):
         try:
             executor.run()
         except Exception as error:  # of a task: any
             raise RuntimeError(f"A task of {stage} failed: {type(error).__name__}: {error}") from error
+        if settings.kind == "slurm":
+            slurm.wait_for(executor.job_id)
 
 
 class _progress:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -84,6 +86,26 @@ def test_a_failed_task_is_repeated_and_no_other(tmp_path: Path, workers: int) ->
     assert all(number == 1 for name, number in calls(output).items() if f"{int(name):05d}" in done)
 
 
+@dataclass(frozen=True)
+class Dying(Marking):
+    """Kills its process, as the kernel does when memory is short."""
+
+    def __call__(self, number: int) -> Counts:
+        if number in self.failing and not (self.folder / "repaired").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(number)
+
+
+def test_a_killed_worker_ends_the_run(tmp_path: Path) -> None:
+    """multiprocessing.Pool would wait for it for ever."""
+    output = tmp_path / "out"
+    (output / "repaired").parent.mkdir()
+    with pytest.raises(RuntimeError, match="a worker was killed"):
+        run_stage(config(tmp_path, 2), "stage", 5, Dying(output, (2,)), {})
+    (output / "repaired").touch()
+    assert run_stage(config(tmp_path, 2), "stage", 5, Dying(output, (2,)), {}).counts.total(KEPT) == 10
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -159,3 +181,42 @@ def test_what_all_tasks_read_is_prepared_once(tmp_path: Path) -> None:
     for _ in range(2):
         run_stage(config(tmp_path), "stage", 1, Marking(tmp_path / "out"), {}, prepare=lambda: prepared.append(1))
     assert prepared == [1]
+
+
+SBATCH = """#!{python}
+import os, re, subprocess, sys
+script = [argument for argument in sys.argv[1:] if not argument.startswith("-")][-1]
+text = open(script).read()
+first, last = re.search(r"--array=(\\d+)-(\\d+)", text).groups()
+output = re.search(r"--output=(.*)%A_%a.out", text)[1]
+environment = {{"PATH": os.environ["PATH"], "SLURM_ARRAY_JOB_ID": "7", "SLURM_NODELIST": "localhost"}}
+for number in range(int(first), int(last) + 1):
+    with open(f"{{output}}{{number}}.out", "w") as log:
+        job = environment | {{"SLURM_ARRAY_TASK_ID": str(number)}}
+        subprocess.run(["bash", script], env=job, stdout=log, stderr=log, cwd="/")
+print("Submitted batch job 7")
+"""
+SRUN = '#!/bin/sh\nshift 3  # -l -n 1\nexec "$@"\n'
+SQUEUE = "#!/bin/sh\nif [ -e {seen} ]; then exit 0; fi\ntouch {seen}\necho 7 RUNNING\n"
+
+
+def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Slurm's commands played by scripts, each job in a shell that knows nothing of this process."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    seen = tmp_path / "asked"
+    scripts = {
+        **{"sbatch": SBATCH.format(python=sys.executable), "srun": SRUN, "squeue": SQUEUE.format(seen=seen)},
+        "scontrol": "#!/bin/sh\necho localhost\n",
+    }
+    for name, script in scripts.items():
+        (commands / name).write_text(script)
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=":")
+    monkeypatch.setattr("training.corpus.slurm._SECONDS", 0.01)
+    options = {"time": "1:00:00", "partition": "cpu"}
+    slurm = replace(config(tmp_path), executor=ExecutorSettings("slurm", 1, options))
+    report = run_stage(slurm, "stage", 5, Marking(tmp_path / "out"), {})
+    assert seen.exists()  # it waited for the job
+    assert report == run_stage(config(tmp_path / "local"), "stage", 5, Marking(tmp_path / "local" / "out"), {})
+    assert set(calls(tmp_path / "out").values()) == {1}
