@@ -14,6 +14,7 @@ from .shard_writers import FEATURES, LANGUAGES, TAR_FEATURES
 if TYPE_CHECKING:
     from .manifest import Ledger
 
+_LICENCES, _CELL = 10, 100  # lines for each source, characters
 _TEXT = """\
 # {title}
 
@@ -82,7 +83,7 @@ def card(
         losses=losses_table(ledgers),
         licences=_table(
             ["source", "licence", "pairs"],
-            [[source, licence, n] for source, held in sorted(licences.items()) for licence, n in sorted(held.items())],
+            [[source, licence, n] for source, held in sorted(licences.items()) for licence, n in _most(held)],
         ),
     )
 
@@ -120,13 +121,24 @@ def losses_table(ledgers: Sequence[Ledger]) -> str:
     return _table(["stage", "reason", "rows", *(entry.source for entry in ledgers)], lines)
 
 
+def _most(held: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The most frequent licences of a source, and how many pairs have one of the others."""
+    order = sorted(held.items(), key=lambda item: (-item[1], item[0]))
+    others = sum(number for _, number in order[_LICENCES:])
+    return order[:_LICENCES] + ([(f"{len(order) - _LICENCES} others", others)] if others else [])
+
+
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0.0 %"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     def cell(value: Any) -> str:
-        return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
+        if isinstance(value, int):
+            return f"{value:,}"
+        # Names of licences are somebody else's text: one line, no markup.
+        plain = " ".join(str(value).split())[:_CELL]
+        return plain.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[")
 
     rows = [list(head), ["---"] * len(head), *([cell(value) for value in line] for line in lines)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -21,6 +21,7 @@ from .engine import KEPT, Counts
 from .shard_writers import LANGUAGES, OVERHEAD, PAIR_FIELDS, ShardWriter
 
 SHARDS_PER_BUCKET = 4
+_LICENCES = 1000  # told of in each bucket
 BALANCE, VALIDATION = "balance", "validation"
 """Outcomes of a pair beside KEPT: left out for the balance of languages, in a validation shard."""
 
@@ -46,8 +47,7 @@ class ShardTask:
             starts, groups = self._layout(files)
             made.write(self._sorted(files, groups, scratch), starts)
         shutil.rmtree(scratch, ignore_errors=True)
-        licences = [[*key, pairs] for key, pairs in sorted(made.licences.items(), key=str)]
-        document = {"shards": made.facts, "licences": licences}
+        document = {"shards": made.facts, "licences": _frequent(made.licences)}
         write_json(self.folder / "write" / "index" / f"{number:05d}.json", document)
         return made.counts
 
@@ -97,6 +97,16 @@ class ShardTask:
         for file in sorted(scratch.glob("*/rows.parquet")):
             yield from shuffle.sorted_rows([file])
             file.unlink()
+
+
+def _frequent(licences: Mapping[tuple[str, str | None], int]) -> list[tuple[str, str | None, int]]:
+    """(source, licence, pairs): a column of licences may hold anything, also a different one in each row."""
+    order = sorted(licences.items(), key=lambda item: (-item[1], str(item[0])))
+    others: Counter[str] = Counter()
+    for (source, _), pairs in order[_LICENCES:]:
+        others[source] += pairs
+    rest = [(source, "others", pairs) for source, pairs in sorted(others.items())]
+    return [(*key, pairs) for key, pairs in order[:_LICENCES]] + rest
 
 
 class _Made:

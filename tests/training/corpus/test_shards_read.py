@@ -94,6 +94,16 @@ def test_the_card(built: dict[str, Path]):
     assert "| train | 40 | 30 | 30 | " in text and "| a | cc0-1.0 | 30 |" in text
 
 
+def test_licences_in_the_data_do_not_write_the_card(tmp_path: Path):
+    evil = "MIT |\n\n# Owned\n<script>alert(1)</script> [x](javascript:x)"
+    rows = [row("a", n, "en", licence=evil if n < 5 else f"licence {n}") for n in range(30)]
+    shards.run(corpus(tmp_path, rows, {"shards": {}}))
+    text = (tmp_path / "shards" / "README.md").read_text()
+    assert validate_card(text, "dataset")["errors"] == []
+    assert "\n# Owned" not in text and "<script" not in text and "[x](" not in text.replace("\\[x", "")
+    assert "| a | 16 others | 16 |" in text and text.count("| a | licence ") == 9
+
+
 def push(output: Path, rows: list[dict[str, Any]], **settings: Any) -> CorpusConfig:
     return corpus(output, rows, {"shards": {"bytes": 12_000, "push_to_hub": "user/drawn", **settings}})
 
