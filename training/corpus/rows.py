@@ -55,7 +55,7 @@ DROPPED = pa.schema([(name, pa.string()) for name in ("id", "source", "language"
 """What is left of a row that does not go on; `twin` is the id of the row that is kept instead, or null."""
 
 Row = dict[str, Any]
-_ROWS_PER_GROUP = 256  # images of about 100 kB: 25 MB held at once by a reader
+_ROWS_PER_GROUP, _BYTES_PER_GROUP = 256, 2**25  # what a reader holds at once, and one image more
 
 
 def part_path(folder: Path, task: int) -> Path:
@@ -96,8 +96,10 @@ def _numbers(part: Path) -> list[int]:
 def read_rows(part: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
     """The rows of a part, one row group in memory at a time."""
     with pq.ParquetFile(part) as file:
-        for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP, columns=None if columns is None else list(columns)):
-            yield from batch.to_pylist()
+        for group in range(file.num_row_groups):
+            # One thread: as many tasks run as there are cores.
+            table = file.read_row_group(group, None if columns is None else list(columns), use_threads=False)
+            yield from table.to_pylist()
 
 
 class PartWriter:
@@ -109,6 +111,7 @@ class PartWriter:
     def __init__(self, path: Path, schema: pa.Schema = SCHEMA):
         self.path, self.schema, self.rows = path, schema, 0
         self._waiting: list[Mapping[str, Any]] = []
+        self._bytes = 0
         # Not one fixed name: a worker that outlived its killed run may still write the same part.
         self._beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +121,9 @@ class PartWriter:
         """Adds one row; missing columns are null."""
         self._waiting.append(row)
         self.rows += 1
-        if len(self._waiting) == _ROWS_PER_GROUP:
+        image = row.get("image")
+        self._bytes += len(image["bytes"] or b"") if isinstance(image, dict) else 0
+        if len(self._waiting) == _ROWS_PER_GROUP or self._bytes >= _BYTES_PER_GROUP:
             self._flush()
 
     def write_table(self, table: pa.Table) -> None:
@@ -129,6 +134,7 @@ class PartWriter:
     def _flush(self) -> None:
         self._file.write_table(pa.Table.from_pylist(self._waiting, schema=self.schema))
         self._waiting.clear()
+        self._bytes = 0
 
     def __enter__(self) -> PartWriter:
         return self

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -37,6 +38,14 @@ def test_datasets_decodes_the_images_of_a_part(tmp_path: Path) -> None:
     write_rows(tmp_path / "part-00000.parquet", [row(0)])
     table = datasets.Dataset.from_parquet(str(tmp_path / "part-00000.parquet"), cache_dir=str(tmp_path / "cache"))
     assert table[0]["image"].size == (8, 6) and table[0]["text"] == "text 0"
+
+
+def test_large_images_are_not_held_by_the_hundred(tmp_path: Path) -> None:
+    large = {"id": "s", "image": {"bytes": bytes(2**24), "path": None}}
+    write_rows(tmp_path / "part-00000.parquet", [large] * 7)
+    metadata = pq.read_metadata(tmp_path / "part-00000.parquet")
+    assert [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)] == [2, 2, 2, 1]
+    assert len(list(read_rows(tmp_path / "part-00000.parquet"))) == 7
 
 
 def test_equal_rows_are_equal_bytes(tmp_path: Path) -> None:
