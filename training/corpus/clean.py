@@ -251,14 +251,13 @@ class FilterTask:
     def __call__(self, number: int) -> Counts:
         measured = pq.read_table(part_path(self.folder / "measure" / "rows", number))
         twins = read_dropped(part_path(self.folder / "resolve", 0), number)
-        counts, at = Counts(), 0
+        rows = read_rows(parts_once(self.source, self.parts)[number])
+        counts = Counts()
         with (
             PartWriter(part_path(self.folder / "kept", number)) as kept,
             PartWriter(part_path(self.folder / "dropped", number), DROPPED) as dropped,
         ):
-            for row, found in zip(
-                read_rows(parts_once(self.source, self.parts)[number]), measured.to_pylist(), strict=True
-            ):
+            for at, (row, found) in enumerate(zip(rows, measured.to_pylist(), strict=True)):
                 twin = twins.get(at)
                 reason = found["reason"] or (twin and ("duplicate" if twin.exact else "near_duplicate"))
                 counts.add(row["source"], row["language"], reason or KEPT)
@@ -266,5 +265,4 @@ class FilterTask:
                     dropped.write({**row, "reason": reason, "twin": twin and twin.twin_id})
                 else:
                     kept.write({**row, **found})
-                at += 1
         return counts

@@ -91,17 +91,16 @@ class Signatures:
             pa.array(np.array(self.images, dtype=np.uint64)[rows]),
             pa.array(np.array(self.texts, dtype=np.uint64)[rows]),
             pa.array([self.contents[row] for row in rows], pa.binary(16)),
-            pa.FixedSizeBinaryArray.from_buffers(
-                _SIGNED.field("thumbnail").type, len(rows), [None, _buffer(thumbs[rows])]
-            ),
+            _fixed(thumbs[rows]),
             pa.array(exact[rows]),
             pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(keys, pa.uint64())),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=_SIGNED)
 
 
-def _buffer(values: np.ndarray) -> pa.Buffer:
-    return pa.py_buffer(np.ascontiguousarray(values))
+def _fixed(values: np.ndarray) -> pa.Array:
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(values))]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(values.shape[1]), len(values), buffers)
 
 
 def _hashed(size: int, *values: str) -> bytes:

@@ -246,7 +246,7 @@ class _progress:
         self._bar.refresh()
 
     def _follow(self) -> None:
-        while not self._stop.wait(1.0):
+        while not self._stop.wait(max(1.0, self._bar.total / 1000)):  # each look lists a folder
             self._show()
 
     def __enter__(self) -> None:

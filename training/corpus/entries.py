@@ -27,6 +27,10 @@ REASONS = (
 """Why a row of a source does not become one of ours."""
 
 
+_KINDS = (ARCHIVES, TABLES, LISTS)
+_SUFFIXES = (*ARCHIVES, *TABLES, *LISTS)
+
+
 @dataclass(frozen=True)
 class SourceSettings:
     """One source. The names of columns are the adapter's (`adapters.PUBLISHED`) unless given here."""
@@ -77,7 +81,24 @@ class SourceSettings:
         Raises:
             ValueError: for a name that stands for no file, or for files of another kind.
         """
-        return [path for pattern in self.images or self.files for path in _matches(pattern, self.name)]
+        return [path for pattern in self.images or self.files for path in self._matches(pattern)]
+
+    def _matches(self, pattern: str) -> list[Path]:
+        path = Path(pattern)
+        if path.is_dir():
+            # Of one kind: img2dataset writes beside each tar a parquet file with all but the images.
+            inside = sorted(file for file in path.iterdir() if file.is_file())
+            found = next(filter(None, ([file for file in inside if is_kind(file, kind)] for kind in _KINDS)), [])
+        else:
+            found = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+        if not found:
+            home = PUBLISHED[self.adapter].home
+            where = f" It is published as {home}." if home and not self.images else ""
+            raise ValueError(f"Source {self.name}: no file matches {pattern!r} (seen from {Path.cwd()}).{where}")
+        for file in found:
+            if not is_kind(file, _SUFFIXES):
+                raise ValueError(f"Source {self.name}: {file} is none of {', '.join(_SUFFIXES)}.")
+        return found
 
     def slices(self, rows: int) -> list[Slice]:
         """What is to be read, in slices of about `rows` rows, one task each.
@@ -106,25 +127,6 @@ class _Constants:
 
     language: str | None
     licence: str | None
-
-
-_KINDS = (ARCHIVES, TABLES, LISTS)
-
-
-def _matches(pattern: str, source: str) -> Iterator[Path]:
-    path = Path(pattern)
-    if path.is_dir():
-        # img2dataset writes beside each tar a parquet file with all but the images.
-        inside = sorted(file for file in path.iterdir() if file.is_file())
-        found = next(filter(None, ([file for file in inside if is_kind(file, kind)] for kind in _KINDS)), [])
-    else:
-        found = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-    if not found:
-        raise ValueError(f"Source {source}: no file matches {pattern!r} (seen from {Path.cwd()}).")
-    for file in found:
-        if not is_kind(file, sum(_KINDS, ())):
-            raise ValueError(f"Source {source}: {file} is none of {', '.join(sum(_KINDS, ()))}.")
-    yield from found
 
 
 def rows_of(source: SourceSettings, part: Slice) -> Iterator[tuple[Row, str | None]]:

@@ -92,9 +92,8 @@ def _images(file: Path) -> Iterator[bytes | None | dict[str, Any]]:
         for batch in pq.ParquetFile(file).iter_batches(columns=SIGNATURES.names):
             yield from batch.to_pylist()
     else:
-        columns = (
-            {"image": image_column(file)} if file.suffix.lower() == ".parquet" else {"image": "jpg", "text": "txt"}
-        )
+        is_table = file.suffix.lower() == ".parquet"
+        columns = {"image": image_column(file)} if is_table else {"image": "jpg", "text": "txt"}
         for record in read(Slice(str(file), 0), columns):
             yield None if isinstance(record, Lost) else record.values["image"]
 
