@@ -26,7 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
         config = dataclasses.replace(config, executor=dataclasses.replace(config.executor, **changes))
         for stage in _chosen(config, options.stage):
             report = importlib.import_module(f".{stage}", __package__).run(config)
-            if report is not None and report.counts.total(TO_DOWNLOAD):
+            if report is None:  # `plan` has printed
+                continue
+            print(f"{stage}: " + ", ".join(f"{number:,} {what}" for what, number in report.counts.outcomes().items()))
+            if report.counts.total(TO_DOWNLOAD):
                 break  # the rest waits for the images
     except ValueError as error:
         sys.exit(_say(error, 2))
