@@ -3,6 +3,7 @@ totals add up; the same from every executor, after any kill, and nothing is done
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import signal
@@ -14,15 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 
 from tests.training.corpus.messy import KEPT, Messy, build, expected, needed
 from tests.training.corpus.messy_check import differences, found
 from tests.training.corpus.messy_faults import BOMBS, FAULTS, UNUSUAL
-from tests.training.corpus.messy_pictures import drawn, real
+from tests.training.corpus.messy_pictures import drawn, encode, real
+from training.corpus.__main__ import main
 from training.corpus.engine import read_report
+from training.corpus.rows import parts
 
 SHARED = Path(__file__).parents[4] / "shared"
 DRAWN_ROWS, REAL_ROWS = 600, 1500
@@ -120,9 +125,51 @@ def test_every_row_of_real_pictures_becomes_what_it_must(tmp_path: Path) -> None
     assert differences(messy.truth, tmp_path / "corpus") == []
 
 
+def test_how_the_work_is_cut_changes_nothing(noise: Messy, finished: Path) -> None:
+    """Other parts, other buckets, one process: the same rows for the same reasons, and of the same twins."""
+    output = noise.config.parent / "cut"
+    changes = {"sources": {"rows_per_part": 41}, "clean": {"rows_per_match": 30}}
+    config = configured(noise, output, **changes)
+    for stage in ("sources", "clean"):
+        main([stage, "--config", str(config), "--workers", "1"])
+    assert len(parts(output / "clean" / "kept")) > 1.5 * len(parts(finished / "clean" / "kept"))
+    became = [{row["id"]: (row["reason"], row["twin"]) for row in found(folder)} for folder in (output, finished)]
+    assert became[0] == became[1]
+
+
+def small(folder: Path, images: list[bytes], texts: list[str] | None = None) -> Path:
+    """A source "s" of these images in parts of ten rows, made and cleaned here; returns the output."""
+    texts = [f"picture number {number}" for number in range(len(images))] if texts is None else texts
+    pq.write_table(pa.table({"image": pa.array(images, pa.binary()), "text": pa.array(texts)}), folder / "s.parquet")
+    entry = {"name": "s", "adapter": "parquet", "files": [str(folder / "s.parquet")], "language": "en"}
+    values = {"output": str(folder / "corpus"), "sources": {"rows_per_part": 10, "list": [entry]}, "clean": {}}
+    (folder / "corpus.yaml").write_text(yaml.safe_dump(values))
+    for stage in ("sources", "clean"):
+        main([stage, "--config", str(folder / "corpus.yaml"), "--workers", "1"])
+    return folder / "corpus"
+
+
+def test_parts_without_a_good_row(tmp_path: Path) -> None:
+    good = encode(Image.linear_gradient("L"), "PNG")
+    output = small(tmp_path, [b"no image"] * 15 + [good] + [b""] * 4)
+    assert read_report(output / "clean").counts.outcomes() == {"not_an_image": 15, KEPT: 1}
+    assert read_report(output / "sources").counts.outcomes() == {KEPT: 16, "no_image": 4}
+
+
+def test_a_source_without_rows(tmp_path: Path) -> None:
+    output = small(tmp_path, [], [])
+    assert read_report(output / "clean").counts.total() == 0
+
+
+def test_a_thousand_white_images_are_one(tmp_path: Path) -> None:
+    white = encode(Image.new("L", (24, 24), "white"), "PNG")
+    others = [encode(Image.new("RGB", (side, side + 9), "white"), "JPEG") for side in range(20, 220)]
+    output = small(tmp_path, [white] * 800 + others)
+    assert read_report(output / "clean").counts.outcomes() == {"duplicate": 799, "near_duplicate": 200, KEPT: 1}
+
+
 def test_the_check_sees_what_is_wrong(noise: Messy, finished: Path) -> None:
     """A truth that differs from the corpus in one row of each kind is noticed."""
-    import dataclasses
 
     def after(change: Callable[[Any], bool], **changes: Any) -> list[str]:
         place = next(i for i, row in enumerate(noise.truth) if change(row))
