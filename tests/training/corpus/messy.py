@@ -190,8 +190,11 @@ class _Sources:
 
     def __init__(self, pictures: Pictures, rows: int, seed: int):
         self._pictures, self._rows, self._seed = pictures, rows, seed
-        # Pictures for faults and unusual forms are shown nowhere else; they come from the end.
-        self._spare = iter(reversed(pictures.photos))
+        # Pictures for faults and unusual forms are shown nowhere else.
+        self._spare = iter(pictures.photos[self._share(20) :])
+        for kind, number in needed(rows).items():
+            if len(getattr(pictures, kind)) < 0.97 * number:  # look-alikes were left out
+                raise ValueError(f"{rows} rows need {number} {kind}; there are {len(getattr(pictures, kind))}.")
 
     def _share(self, percent: float) -> int:
         return round(self._rows * percent / 100)
