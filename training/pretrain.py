@@ -124,6 +124,9 @@ def pretrain(config: PretrainConfig) -> Path:
     whole = trainee.distributed.full_copy()
     if accelerator.is_main_process:
         export(whole, processor, folder)
+    # Before the process group goes: DDP's reducer as its last owner waits for gloo's threads without letting go of the
+    # interpreter, which they may wait for (seen with torch 2.13, as a run that never ended).
+    del trainee
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -203,8 +204,17 @@ def rank_of_a_run(config: PretrainConfig) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    Accelerator.end_training = lambda self: None  # `run_distributed` ends the process group
+    Accelerator.end_training = without_reducers  # `run_distributed` ends the process group
     pretrain(config)
+
+
+def without_reducers(accelerator: Accelerator) -> None:
+    """As the last owners of a process group they can hang the process that ends it."""
+    assert not [one for one in gc.get_objects() if isinstance(one, torch.nn.parallel.DistributedDataParallel)]
+
+
+def test_nothing_outlives_the_process_group(scenes: Path, tmp_path: Path):
+    run_distributed(rank_of_a_run, 2, smoke(scenes, tmp_path / "run", steps=2))
 
 
 def test_a_sharded_model_is_evaluated_and_exported(scenes: Path, tmp_path: Path):
