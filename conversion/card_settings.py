@@ -109,22 +109,37 @@ def choose_card(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
 
 
 def training_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings of the training that wrote a folder, from the `config.json` beside it; None if there is none."""
+    """The settings of the training that wrote a folder, from the `config.json` beside it; None if there is none.
+
+    Raises:
+        ValueError: for a record that lacks what a card says of a training.
+    """
+    path = folder.resolve().parent / "config.json"
+    settings = _json(path)
+    if not isinstance(settings, dict) or not {"data", "steps", "batch_size"} <= set(settings):
+        return None
+    kinds = {"data": dict, "objective": dict, "optimizer": dict, "steps": int, "batch_size": int, "seed": int}
+    wrong = [name for name, kind in kinds.items() if not isinstance(settings.get(name), kind)]
+    if not wrong and not {"name", "lr", "weight_decay"} <= set(settings["optimizer"]):
+        wrong = ["optimizer"]
+    if wrong:
+        raise ValueError(f"{path} is the record of a training, but its {wrong[0]} is {settings.get(wrong[0])!r:.80}.")
+    return settings
+
+
+def _json(path: Path) -> Any:
+    """None for what cannot be read: the file may be anybody's."""
     try:
-        settings = json.loads((folder.resolve().parent / "config.json").read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return None
-    return settings if isinstance(settings, dict) and {"data", "steps", "batch_size"} <= set(settings) else None
 
 
 def scenes_manifest(run: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of the scenes that a run was trained on; None for other data, or where they are gone."""
     for pattern in run["data"].get("files", ()):
-        try:
-            manifest = json.loads((Path(pattern).parent / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-            continue
-        if isinstance(manifest, dict) and {"settings", "held_out_pairs"} <= set(manifest):
+        manifest = _json(Path(pattern).parent / "manifest.json")
+        if isinstance(manifest, dict) and {"version", "settings", "held_out_pairs"} <= set(manifest):
             return manifest
     return None
 

@@ -113,7 +113,9 @@ def check_weights(folder: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
         return _tensors(folder / "model.safetensors")
     if (folder / "model.safetensors").exists():
         raise ValueError(f"{folder} has model.safetensors and {index.name}: which one is the model? Remove the other.")
-    where = _read_json(index).get("weight_map", {})
+    where = _read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+        raise ValueError(f"{index} has no weight_map that names a file for each tensor: copy the folder again, whole.")
     named = set(where.values())
     if missing := sorted(named - set(shards)):
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index.name} names.")
@@ -172,7 +174,7 @@ def open_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
     """(name, a function that reads it) of every tensor, file by file."""
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118: safe_open is no dict
+            for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
                 yield name, lambda file=file, name=name: file.get_tensor(name)
 
 
@@ -210,7 +212,9 @@ def _refuse_secrets(files: dict[str, Path], token: str | None) -> None:
 def _require(folder: Path, files: dict[str, Path], code: list[str]) -> None:
     wanted = [*REQUIRED, *code]
     if "modules.json" in files:
-        modules = _read_json(files["modules.json"])
+        modules = _read_json(files["modules.json"], list)
+        if not all(isinstance(module, dict) for module in modules):
+            raise ValueError(f"{files['modules.json']} must be a list of objects.")
         wanted += [f"{module['path']}/config.json" for module in modules if module.get("path")]
     missing = [name for name in dict.fromkeys(wanted) if name not in files]
     if missing:
@@ -222,28 +226,35 @@ def _require(folder: Path, files: dict[str, Path], code: list[str]) -> None:
         raise ValueError(f"{folder}: {', '.join(empty)} is empty.")
     for name, path in files.items():
         if name.endswith(".json"):
-            _read_json(path)
+            _read_json(path, list if name == "modules.json" else dict)
 
 
 def _code_files(folder: Path, config: dict[str, Any]) -> list[str]:
     """What `trust_remote_code=True` reads: the modules that the auto maps name, and what those import in turn."""
     if not config.get("auto_map"):
         raise ValueError(f"{folder / 'config.json'} has no auto_map, so nobody could load it from the Hub.")
-    maps = [config["auto_map"]]
-    for name in ("processor_config.json", "preprocessor_config.json"):
+    waiting, names = [], []
+    for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            maps.append(_read_json(folder / name).get("auto_map", {}))
-    values = [value for found in maps for value in found.values()]
-    entries = [entry for value in values for entry in ([value] if isinstance(value, str) else value) if entry]
-    waiting, names = [f"{entry.split('.')[0]}.py" for entry in entries], []
+            waiting += _mapped_modules(folder / name)
     while waiting:
         name = waiting.pop()
         if name not in names:
             names.append(name)
             if (folder / name).is_file():
-                text = (folder / name).read_text(encoding="utf-8")
+                text = _read_text(folder / name)
                 waiting += [f"{module}.py" for module in re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)]
     return sorted(names)
+
+
+def _mapped_modules(path: Path) -> list[str]:
+    """{"AutoModel": "modeling_x.Model", "AutoTokenizer": [null, "tokenization_x.Fast"]} -> their files."""
+    found = _read_json(path).get("auto_map") or {}
+    values = found.values() if isinstance(found, dict) else [found]
+    entries = [entry for value in values for entry in (value if isinstance(value, list) else [value]) if entry]
+    if not isinstance(found, dict) or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(f"{path}: auto_map must name classes, as in modeling_m2encoder.M2EncoderModel, not {found!r}.")
+    return [f"{entry.split('.')[0]}.py" for entry in entries]
 
 
 def _tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -257,11 +268,21 @@ def _tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         raise ValueError(f"{path} is damaged or cut off: {error}.") from error
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, kind: type = dict) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        document = json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(document, kind):
+        raise ValueError(f"{path} must hold {'an object' if kind is dict else 'a list'}, not {document!r:.80}.")
+    return document
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
 
 
 def _amount(number: int) -> str:

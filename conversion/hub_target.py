@@ -122,9 +122,7 @@ class Target:
             if found is None:
                 files.append(PlannedFile(name, size, _kind(name, size), "new"))
             else:
-                same = found.size == size and _hash(path, found.lfs) == (
-                    found.lfs.sha256 if found.lfs else found.blob_id
-                )
+                same = found.size == size and _hash(path, found.lfs) == _remote_hash(found)
                 files.append(PlannedFile(name, size, "lfs" if found.lfs else "regular", "same" if same else "changed"))
         for name, found in there.items():
             if any(fnmatch.fnmatch(name, pattern) for pattern in MANAGED):
@@ -232,7 +230,7 @@ def _hash(path: Path, lfs: Any) -> str:
         return sha.sha_fileobj(file).hex()
 
 
-def _remote(found: Any) -> str:
+def _remote_hash(found: Any) -> str:
     return found.lfs.sha256 if found.lfs else found.blob_id
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import sys
@@ -29,6 +30,8 @@ from conversion.load_check import check_loads
 from conversion.redaction import redacted_logs
 
 CARDS_FOLDER = Path(__file__).parents[1] / "model_cards"
+# Git allows somewhat more; the Hub refuses a tag only after the upload.
+REF_NAME = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)))[A-Za-z0-9_][\w./-]*(?<![./])", re.ASCII)
 
 
 def push(
@@ -77,6 +80,9 @@ def push(
         raise ValueError(f"{repo_id!r} is no id of a repository: {error}") from None
     if repo_id.count("/") != 1:
         raise ValueError(f"Name the repository with its namespace, as in user/{repo_id}, not {repo_id!r}.")
+    for name in filter(None, (revision, tag)):
+        if not REF_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a branch or tag: letters, digits and . _ - / are, as in v1.0.")
     if create_pr and revision != "main":
         raise ValueError(f"A pull request is opened against main: leave out either it or revision {revision!r}.")
     if create_pr and tag:

@@ -55,8 +55,10 @@ DEFAULT_TEMPLATE = "This is a photo of {}."
 PARAMETERS = ("normalize", "dimensions", "candidate_labels", "hypothesis_template")
 # Formats whose decoders do nothing but decode: EPS, for one, would start another program.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-# How the base64 of PNG, JPEG, GIF, WebP and TIFF begins.
-PICTURE = re.compile(r"iVBORw0KGg|/9j/|R0lGODdh|R0lGODlh|UklGR|SUkqA|TU0AK")
+# How the base64 of PNG, JPEG, GIF, WebP, TIFF, BMP and AVIF (and HEIC, which is then refused as such) begins.
+PICTURE = re.compile(
+    r"iVBORw0KGg|/9j/|R0lGODdh|R0lGODlh|UklGR|SUkqA|TU0AK|Qk[0-3][A-Za-z0-9+/]{5}AAAA|AAAA[A-Za-z0-9+/]{2}Z0eXB"
+)
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
 # One word that names a file: somebody expects it to be opened.
 PATH = re.compile(

@@ -7,9 +7,11 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from tests.hub_double import HubDouble
 
 TOKEN = "hf_dummyDUMMYdummyDUMMYdummyDUMMYdummy"  # of the form of real ones
 REPO = "user/m2-encoder-tiny"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -34,7 +37,8 @@ def folder(model, processor, tmp_path) -> Path:
 
 @pytest.fixture
 def sharded(model, processor, tmp_path) -> Path:
-    return save_hub_folder(model, processor, tmp_path / "sharded" / "model", max_shard_size="100KB")
+    """Many files, of which a few are under way at the same time."""
+    return save_hub_folder(model, processor, tmp_path / "sharded" / "model", max_shard_size="20KB")
 
 
 @pytest.fixture
@@ -133,20 +137,46 @@ def test_a_changed_file_goes_alone_and_old_weights_leave(sharded, folder, hub):
 # ---- Interruptions
 
 
+class Uploads(list):
+    """A Hub's `lfs_uploads`, which does something when the second object has come."""
+
+    def __init__(self, then: Callable[[], object]) -> None:
+        self.then = then
+
+    def append(self, oid: str) -> None:
+        super().append(oid)
+        if len(self) == 2:
+            self.then()
+
+
+def goes_on(sharded: Path, hub: HubDouble) -> None:
+    """A push after one that stopped in the middle sends what is missing, and nothing twice."""
+    shards = {path.name: path.read_bytes() for path in sharded.glob("model-*.safetensors")}
+    before = list(hub.lfs_uploads)
+    assert 2 <= len(before) < len(shards) and len(hub.commits(REPO)) == 1  # nothing is visible of the half
+    publish(sharded)
+    assert len(hub.lfs_uploads) == len(set(hub.lfs_uploads)) == len(shards)
+    assert hub.lfs_uploads[: len(before)] == before
+    assert shards.items() <= hub.files(REPO).items()
+
+
 def test_an_upload_that_was_cut_off_goes_on_where_it_stopped(sharded, hub):
-    sizes = sorted(path.stat().st_size for path in sharded.glob("model-*.safetensors"))
-    hub.die_after(sizes[0] + sizes[1] + 100)
+    hub.lfs_uploads = Uploads(lambda: hub.die_after(1))
     with pytest.raises(PushError, match="push again"):
         publish(sharded)
-    assert hub.dead and len(hub.commits(REPO)) == 1  # nothing is visible of the half
-    assert os.listdir(sharded.parent) == ["model"]
-    before = list(hub.lfs_uploads)
-    assert 0 < len(before) < len(sizes)
+    assert hub.dead and os.listdir(sharded.parent) == ["model"]
     hub.revive()
-    publish(sharded)
-    assert len(hub.lfs_uploads) == len(set(hub.lfs_uploads)) == len(sizes)
-    assert hub.lfs_uploads[: len(before)] == before
-    assert {path.name for path in sharded.glob("model*")} <= set(hub.files(REPO))
+    goes_on(sharded, hub)
+
+
+def test_a_process_that_was_killed_is_followed_by_one_that_goes_on(sharded, hub, tmp_path):
+    """SIGKILL, as of a machine that is lost: the first process can do nothing more."""
+    command = [sys.executable, "-m", "conversion.push", str(sharded), REPO, "--size", "trained", "--no-load-check"]
+    first = subprocess.Popen(command, env=hub.environment(tmp_path / "home", TOKEN), cwd=ROOT, stderr=subprocess.PIPE)
+    hub.lfs_uploads = Uploads(first.kill)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    goes_on(sharded, hub)
 
 
 def test_a_commit_that_failed_needs_no_second_upload(folder, hub):
@@ -338,6 +368,13 @@ SPOILED = {
     "has no model.safetensors": lambda f: (f / "model.safetensors").unlink(),
     "damaged or cut off": lambda f: cut(f / "model.safetensors"),
     "no auto_map": lambda f: edit(f / "config.json", auto_map=None),
+    "auto_map must name classes": lambda f: edit(f / "config.json", auto_map=["modeling_m2encoder.M2EncoderModel"]),
+    "must hold an object, not []": lambda f: (f / "processor_config.json").write_text("[]"),
+    "must be a list of objects": lambda f: (f / "modules.json").write_text("[1]"),
+    "no text in UTF-8": lambda f: (f / "inputs_m2encoder.py").write_bytes(b"\xff\xfe"),
+    "record of a training, but its objective is None": lambda f: (f.parent / "config.json").write_text(
+        '{"data": {}, "steps": 1, "batch_size": 1}'
+    ),
     "a model of type 'clip'": lambda f: edit(f / "config.json", model_type="clip"),
     "No model folder": lambda f: (f / "config.json").unlink(),
 }
@@ -374,6 +411,8 @@ def test_shards_that_do_not_belong_together_are_refused(sharded, hub, refusal):
         ("tiny", {}, "with its namespace"),
         ("a/b/c", {}, "no id of a repository"),
         ("user/has space", {}, "no id of a repository"),
+        (REPO, {"tag": "v1 final"}, "no name of a branch or tag"),
+        (REPO, {"revision": "a..b"}, "no name of a branch or tag"),
         (REPO, {"create_pr": True, "tag": "v1"}, "cannot have a tag"),
         (REPO, {"create_pr": True, "revision": "next"}, "against main"),
         (REPO, {"size": "auto"}, "--size"),
