@@ -138,7 +138,6 @@ def export(
             config_file = onnx_dir.with_name("config.json")
         config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _prepare_inputs(towers, model_dir, None if output is None else onnx_dir.parent)
-    print(f"Wrote {model_dir / 'onnx' if output is None else output}.")
     return agreement
 
 
@@ -355,6 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         export(args.model_dir, args.output)
+        print(f"Wrote {args.output or Path(args.model_dir, 'onnx')}.")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     finally:

@@ -5,6 +5,7 @@ IMAGES is a folder or a pattern of parquet files ("photos/*.parquet"). The index
 """
 
 import argparse
+from glob import escape
 from pathlib import Path
 
 import faiss
@@ -19,7 +20,7 @@ parser.add_argument("model"), parser.add_argument("images"), parser.add_argument
 parser.add_argument("--query", action="append", required=True, help="in either language; may be repeated")
 parser.add_argument("--kind", default="SQ8", help="Flat, SQ8, HNSW32 or 'RaBitQ,Refine(SQ8)': see docs/search.md")
 args = parser.parse_args()
-folder = {"path": "imagefolder", "data_dir": args.images, "drop_labels": True}
+folder = {"path": "imagefolder", "data_dir": escape(args.images), "drop_labels": True}
 files = {"path": "parquet", "data_files": args.images, "columns": ["image"]}
 images = load_dataset(**folder if Path(args.images).is_dir() else files, split="train")  # or of the Hub, by its id
 model = SentenceTransformer(args.model, processor_kwargs={"backend": "pil"})  # its embeddings have length 1

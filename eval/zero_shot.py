@@ -155,7 +155,11 @@ def _names(
     names: tuple[str, ...] | dict[int, str] | Listed, table: Table, labels: list[int], folder: Path | None
 ) -> dict[int, str]:
     if isinstance(names, Listed) and names.column is not None:
-        return names_of_column(labels, table.column(names.column), table.locate)
+        column = table.column(names.column)
+        if odd := [one for one in column if not isinstance(one, str) or not one.strip()]:
+            seen = repr(odd[0])[:80]
+            raise ValueError(f"Column {names.column!r} of {table.files[0]} must hold class names, not e.g. {seen}.")
+        return names_of_column(labels, column, table.locate)
     if isinstance(names, Listed):
         names = read_listed(names, folder)
     return names if isinstance(names, dict) else dict(enumerate(names))

@@ -99,6 +99,20 @@ def test_the_best_pictures_of_a_folder(hub, folder, exact, tmp_path, capsys):
         assert [Path(name).name for _, name in found[query]] == [f"{number:02}.png" for _, number in best]
 
 
+def test_folders_of_the_same_name_are_not_confused(hub, pictures, tmp_path, capsys):
+    """`datasets` caches what it has read; brackets and stars in names are names here, not patterns."""
+    for number in (0, 1):
+        (tmp_path / str(number) / "照片 [1]").mkdir(parents=True)
+        pictures[number].save(tmp_path / str(number) / "照片 [1]" / "狗 *.png")
+    scores = []
+    for number in (0, 1):
+        folder = tmp_path / str(number) / "照片 [1]"
+        found = search(capsys, hub, folder, tmp_path / f"{number}.index", "--kind", "Flat")
+        assert [name for _, name in found[QUERIES[0]]] == [str(folder / "狗 *.png")]
+        scores.append([found[query][0][0] for query in QUERIES])
+    assert scores[0] != scores[1]
+
+
 def test_an_index_of_other_pictures_is_refused(hub, folder, tmp_path, capsys):
     search(capsys, hub, folder, tmp_path / "photos.index")
     (folder / "day 0" / "00.png").unlink()

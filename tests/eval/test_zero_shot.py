@@ -66,13 +66,15 @@ def test_names_from_a_column_or_a_file_and_a_limit_that_keeps_all_classes(colour
     ("given", "message"),
     [
         (task(en=ClassTexts(("red",), ("{}",))), r"photos has labels without a name: \[1\] \(named: 1 labels\)"),
-        (task("class", en=EN), "No column 'class' in .*its columns are: image, label, name"),
+        (task("class", en=EN), "No column 'class' in .*its columns are: image, label, name, names"),
         (task("name", en=EN), "Column 'name' of .* must hold integers, not e.g. 'red'"),
         (task(en=ClassTexts(Listed(column="name"), ("{}",))), "row 2 of .* calls label 1 'blue', .* 'green'"),
+        (task(en=ClassTexts(Listed(column="names"), ("{}",))), r"Column 'names' of .* class names, not e.g. \['red'\]"),
         (task(en=ClassTexts(("a", "b"), ("{}",)), zh=EN), r"name the same labels; en differs from the first in \[2\]"),
     ],
 )
 def test_mistakes_are_named(colour_encoder, write, given, message):
-    file = write("p.parquet", ["red", "green", "blue"], label=[0, 1, 1], name=["red", "green", "blue"])
+    names = ["red", "green", "blue"]
+    file = write("p.parquet", names, label=[0, 1, 1], name=names, names=[[name] for name in names])
     with pytest.raises(ValueError, match=message):
         read_labelled(given, file)
