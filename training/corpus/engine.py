@@ -8,12 +8,14 @@ covers only the tasks of the last run (huggingface/datatrove#360).
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,8 @@ def run_stage(
         prepare: called before the tasks, if there are some to run: writes what they all read.
 
     Raises:
-        ValueError: if the folder holds the work of other settings, or a stage in `after` has no report.
+        ValueError: if the folder holds the work of other settings or another run is at work in it, or a stage in
+            `after` has no report.
         RuntimeError: if tasks failed; the complete ones stay, and a second run repeats only the others.
     """
     folder = config.output / stage
@@ -137,19 +140,39 @@ def run_stage(
     claim(folder, {**document, "fingerprint": fingerprint})
     if (folder / "report.json").is_file():
         return read_report(folder)
-    if prepare is not None:
-        prepare()
-    if tasks:
-        _execute(config.executor, folder, tasks, _Counted(task, folder, tasks), stage)
-    counts = Counts()
-    for number in range(tasks):
-        if not _counts_file(folder, number).is_file():
-            raise RuntimeError(f"Task {number} of {stage} failed: see {folder / '.tasks'}. Then run this again.")
-        counts.update(Counts(read_json(_counts_file(folder, number))))
-    _remove_leftovers(folder)
-    report = Report(stage, tasks, counts, settings, fingerprint)
-    write_report(folder, report)
+    with _alone_in(folder):
+        if prepare is not None:
+            prepare()
+        if tasks:
+            _execute(config.executor, folder, tasks, _Counted(task, folder, tasks), stage)
+        counts = Counts()
+        for number in range(tasks):
+            if not _counts_file(folder, number).is_file():
+                raise RuntimeError(f"Task {number} of {stage} failed: see {folder / '.tasks'}. Then run this again.")
+            counts.update(Counts(read_json(_counts_file(folder, number))))
+        _remove_leftovers(folder)
+        report = Report(stage, tasks, counts, settings, fingerprint)
+        write_report(folder, report)
     return report
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Two runs at once would sweep each other's files away. The lock ends with its process, however that ends.
+
+    Raises:
+        ValueError: if another run of this host works in the folder.
+    """
+    path = folder / ".tasks" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"Another run is at work in {folder}: wait for its end, or end it.") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
 from eval.files import read_json, replaced, write_json
+from eval.picture import cjk_font
 
 from .scorer import ScoreSettings
 
@@ -69,10 +73,20 @@ def draw(histogram: Histogram, settings: ScoreSettings, path: Path) -> None:
         filled = [place for numbers in own.values() for place, number in enumerate(numbers) if number]
         if filled:
             axes.set_xlim(EDGES[max(min(filled) - 1, 0)], EDGES[min(max(filled) + 2, len(EDGES) - 1)])
-            axes.legend(fontsize=7, frameon=False)
+            axes.legend(prop=_font(own), frameon=False)
         if threshold is not None:
             axes.axvline(threshold, color="black", linestyle="--", linewidth=1)
         axes.set(title=language, xlabel="cosine of image and text", ylabel="share of the source's rows")
         axes.spines[["top", "right"]].set_visible(False)
     with replaced(path) as beside:
         figure.savefig(beside, dpi=_DPI, format="png")
+
+
+def _font(names: Iterable[str]) -> FontProperties:
+    """One that has the letters of the names, if there is one."""
+    font = FontProperties()
+    if not all(name.isascii() for name in names):
+        with suppress(ValueError):  # none is installed: boxes in the picture, and the counts stand in the report
+            font = cjk_font().copy()
+    font.set_size(7)
+    return font

@@ -183,6 +183,26 @@ def test_what_all_tasks_read_is_prepared_once(tmp_path: Path) -> None:
     assert prepared == [1]
 
 
+HOLDING = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    lock = tmp_path / "out" / "stage" / ".tasks" / "lock"
+    lock.parent.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", HOLDING, str(lock)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(ValueError, match="Another run is at work"):
+            run_stage(config(tmp_path), "stage", 1, Marking(tmp_path / "out"), {})
+        other.kill()
+    assert run_stage(config(tmp_path), "stage", 1, Marking(tmp_path / "out"), {}).tasks == 1
+
+
 SBATCH = """#!{python}
 import os, re, subprocess, sys
 script = [argument for argument in sys.argv[1:] if not argument.startswith("-")][-1]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from tests.training.corpus.pairs import config, contents, finished, mixed, pictu
 from training.corpus import score
 from training.corpus.engine import KEPT
 from training.corpus.pinned import CHINESE_CLIP, CLIP, PINNED
-from training.corpus.score_histogram import EDGES, Histogram
+from training.corpus.score_histogram import EDGES, Histogram, draw
 from training.corpus.scorer import Scorer, ScoreSettings, ScoringModel
 from training.images import decode_image
 
@@ -326,3 +327,12 @@ def test_killed_and_run_again_gives_the_same_bytes(section: dict, tmp_path: Path
     assert left == contents(tmp_path / "whole" / "score")
     # At most the task that was not yet marked as complete was done again.
     assert sum(path.stat().st_mtime_ns != stamps.get(path.name) for path in counts.glob("*.json")) <= 30 - done + 1
+
+
+def test_a_histogram_has_the_letters_of_its_sources(tmp_path: Path) -> None:
+    histogram = Histogram()
+    histogram.add("悟空", "zh", 0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of letters that it has not
+        draw(histogram, ScoreSettings(), tmp_path / "histogram.png")
+    assert Image.open(tmp_path / "histogram.png").size[0] > 100
