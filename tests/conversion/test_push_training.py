@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,12 @@ from modeling_m2encoder.hub_folder import save_hub_folder
 from tests.hub_double import HubDouble
 from training.checkpoint import Checkpoint, check_settings
 from training.configs import flat_settings, nano_smoke
-from training.pretrain import parse, pretrain
+from training.pretrain import parse
 from training.publish import publish
 from training.scenes import ScenesConfig, write_scenes
 
 REPO = "user/m2-encoder-nano"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -29,27 +32,22 @@ def hub(tmp_path, monkeypatch):
         yield hub
 
 
-def test_a_training_publishes_its_model(hub, tmp_path):
+def test_a_training_of_two_processes_publishes_its_model_once(hub, tmp_path):
     scenes = tmp_path / "scenes"
     write_scenes(scenes, ScenesConfig(twins=2, train=64, validation=16, test=16, task_size=4, workers=1))
-    preset = nano_smoke()
-    data = dataclasses.replace(preset.data, files=(f"{scenes}/train-*.parquet",))
-    config = dataclasses.replace(
-        preset,
-        output_dir=str(tmp_path / "run"),
-        data=data,
-        steps=1,
-        optimizer=dataclasses.replace(preset.optimizer, warmup_steps=0),
-        push_to_hub=REPO,
-        push_private=True,
-    )
-    folder = pretrain(config)
+    words = ["--nproc_per_node", "2", "-m", "training.pretrain", "nano_smoke", "--output-dir", str(tmp_path / "run")]
+    words += ["--data.files", f"{scenes}/train-*.parquet", "--steps", "1", "--optimizer.warmup-steps", "0"]
+    words += ["--push-to-hub", REPO, "--push-private"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run" / "model"
     files = hub.files(REPO)
     assert hub.repo(REPO).private and len(hub.commits(REPO)) == 2
     assert {path.name for path in folder.iterdir() if path.is_file()} < set(files)
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     readme = files["README.md"].decode()
-    assert "# M2-Encoder-nano" in readme and f"1 steps of {config.batch_size} pairs" in readme
+    assert "# M2-Encoder-nano" in readme and f"1 steps of {nano_smoke().batch_size} pairs" in readme
     assert str(tmp_path) not in readme and "Nothing was measured for this card" in readme
 
 
