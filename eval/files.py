@@ -6,6 +6,7 @@ run whose work is all done should not wait for that.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -53,6 +54,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable JSON file: {error}.") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, hexadecimal; a megabyte in memory at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def slug(name: str) -> str:

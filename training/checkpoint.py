@@ -22,7 +22,6 @@ Checkpoints may come from anywhere, so reading one must not run code: DCP's own 
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import logging
 import os
@@ -43,6 +42,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from eval.files import sha256_of
 from modeling_m2encoder import M2EncoderModel, M2EncoderProcessor
 from modeling_m2encoder.hub_folder import save_hub_folder
 
@@ -62,7 +62,6 @@ class Trained(Protocol):
 
 
 _NAME = re.compile(r"step_(\d{8,})")
-_CHUNK = 2**22
 
 
 def export(model: M2EncoderModel, processor: M2EncoderProcessor, folder: str | Path) -> Path:
@@ -398,11 +397,7 @@ def _sync_folder(path: Path) -> None:
 
 def _digest(path: Path) -> list[Any]:
     """[bytes, SHA-256]; read again from the file, which also tells whether it can be read."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            sha.update(chunk)
-    return [path.stat().st_size, sha.hexdigest()]
+    return [path.stat().st_size, sha256_of(path)]
 
 
 @contextmanager

@@ -45,10 +45,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import sha256_of
 from .builders import BUILDERS, Builder, find_builder
 from .layout import check, tables_used, write
 from .probe import choose, probe
-from .sources import sha256
 
 __all__ = ["BUILDERS", "Builder", "build"]
 
@@ -117,4 +117,4 @@ def _hashes(paths: Mapping[str, Path]) -> dict[str, dict[str, str]]:
         if role != "images":
             inside = sorted(path.glob("*.txt")) if path.is_dir() else [path]
             files |= {role if file == path else f"{role}/{file.name}": file for file in inside}
-    return {role: {"file": file.name, "sha256": sha256(file)} for role, file in files.items()}
+    return {role: {"file": file.name, "sha256": sha256_of(file)} for role, file in files.items()}

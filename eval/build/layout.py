@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 
 from modeling_m2encoder.hub_folder import complete_or_absent
 
+from ..files import sha256_of
 from .card import card
-from .sources import find_images, sha256, stable_hash
+from .sources import find_images, stable_hash
 from .tables import table_sha256
 
 # Rows of image bytes per row group, and bytes of images per file: readers page by the one, uploads resume by the other.
@@ -131,7 +132,7 @@ def write(
             **manifest,
             "images": _image_digest(built, files) if files else None,
             "captions_sha256": {language: _caption_digest(built, language) for language in ("en", "zh")},
-            "files": {file.name: sha256(file) for file in sorted(folder.glob("*.parquet"))},
+            "files": {file.name: sha256_of(file) for file in sorted(folder.glob("*.parquet"))},
         }
         (folder / "README.md").write_text(card(title, about, licence, manifest), encoding="utf-8")
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
@@ -266,7 +267,7 @@ def _caption_digest(built: FineGrainedSet, language: str) -> str:
 
 
 def _image_digest(built: FineGrainedSet, files: Mapping[str, Path]) -> dict[str, Any]:
-    lines = [f"{row.file_name} {sha256(files[row.file_name])}\n" for row in built.images]
+    lines = [f"{row.file_name} {sha256_of(files[row.file_name])}\n" for row in built.images]
     return {"files": len(lines), "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
 
 

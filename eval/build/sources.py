@@ -101,14 +101,6 @@ def require_file(path: Path) -> None:
         raise ValueError(f"No file at {path}; in {folder}: {there or 'nothing'}.")
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def stable_hash(*parts: object) -> int:
     """A number that depends on `parts` only, unlike `hash`: for orders and choices that no run changes."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "big")

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.files import read_json, write_json, write_text
+from eval.files import read_json, sha256_of, write_json, write_text
 
 from .config import STAGES, CorpusConfig
 from .engine import KEPT, Counts, Report, read_report
 from .shard_task import VALIDATION
-from .shard_writers import LANGUAGES, sha256_of
+from .shard_writers import LANGUAGES
 
 INDEX_FORMAT = 1
 _PACKAGES = ("datatrove", "datasets", "huggingface_hub", "numpy", "pillow", "pyarrow", "torch", "transformers", "ray")

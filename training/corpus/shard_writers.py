@@ -5,7 +5,6 @@ Tested by `tests/training/corpus/test_shards.py`, with `datasets` and `training.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -17,6 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from eval.files import sha256_of
 
 from .rows import IMAGE
 
@@ -149,9 +150,3 @@ class _TarRows:
 
     def close(self) -> None:
         self._file.close()
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
