@@ -73,6 +73,17 @@ def model(config: M2EncoderConfig) -> M2EncoderModel:
 
 
 @pytest.fixture(scope="session")
+def tiny_model(config: M2EncoderConfig) -> M2EncoderModel:
+    """Shared by all tests: not to be changed."""
+    torch.manual_seed(0)
+    model = M2EncoderModel(config).eval()
+    with torch.no_grad():  # so that different inputs get different embeddings
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    return model
+
+
+@pytest.fixture(scope="session")
 def processor(tokenizer: PreTrainedTokenizerBase) -> M2EncoderProcessor:
     return M2EncoderProcessor(M2EncoderImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
 

@@ -23,11 +23,8 @@ KINDS = ["Flat", "SQ8", "HNSW32", "RaBitQ,Refine(SQ8)"]
 
 
 @pytest.fixture
-def hub(model, processor, tmp_path) -> Path:
-    with torch.no_grad():  # so that different inputs get different embeddings
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.ndim > 1 else 1)
-    return save_hub_folder(model, processor, tmp_path / "hub")
+def hub(tiny_model, processor, tmp_path) -> Path:
+    return save_hub_folder(tiny_model, processor, tmp_path / "hub")
 
 
 @pytest.fixture
@@ -70,11 +67,13 @@ def search(capsys, *words: object) -> dict[str, list[tuple[float, str]]]:
 
 
 @pytest.fixture
-def exact(model, processor, pictures) -> dict[str, list[tuple[float, int]]]:
+def exact(tiny_model, processor, pictures) -> dict[str, list[tuple[float, int]]]:
     """For each query the scores and numbers of the five best pictures, by torch."""
     with torch.no_grad():
-        images = torch.cat([model(**processor(images=each, return_tensors="pt")).image_embeds for each in pictures])
-        texts = model(**processor.tokenizer(QUERIES, padding=True, return_tensors="pt")).text_embeds
+        images = torch.cat(
+            [tiny_model(**processor(images=each, return_tensors="pt")).image_embeds for each in pictures]
+        )
+        texts = tiny_model(**processor.tokenizer(QUERIES, padding=True, return_tensors="pt")).text_embeds
     best = (texts @ images.T).topk(5)
     pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
     return {query: list(zip(*pair, strict=True)) for query, pair in zip(QUERIES, pairs, strict=True)}

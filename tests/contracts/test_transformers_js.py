@@ -23,7 +23,6 @@ pytest.importorskip("onnxruntime", reason="needs the packages of the export extr
 pytest.importorskip("onnxscript", reason="needs the packages of the export extra")
 
 from conversion.export import export  # noqa: E402
-from modeling_m2encoder import M2EncoderModel  # noqa: E402
 from modeling_m2encoder.hub_folder import save_hub_folder  # noqa: E402
 
 # The library and everything of it that computes, to the last digit.
@@ -98,16 +97,6 @@ def project() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def model(config) -> M2EncoderModel:
-    torch.manual_seed(0)
-    model = M2EncoderModel(config).eval()
-    with torch.no_grad():  # so that different inputs get different embeddings
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.ndim > 1 else 1)
-    return model
-
-
-@pytest.fixture(scope="module")
 def inputs(captions, images, config) -> dict[str, Any]:
     """Captions in both languages, one beyond 52 tokens, and images that need no resizing: that is another matter."""
     side = config.image_size
@@ -116,10 +105,10 @@ def inputs(captions, images, config) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def answer(project, model, processor, inputs, tmp_path_factory) -> dict[str, Any]:
+def answer(project, tiny_model, processor, inputs, tmp_path_factory) -> dict[str, Any]:
     """What transformers.js makes of the inputs."""
     folder = tmp_path_factory.mktemp("transformers_js")
-    hub = save_hub_folder(model, processor, folder / "hub")
+    hub = save_hub_folder(tiny_model, processor, folder / "hub")
     export(hub, folder / "js", largest_file=120_000)  # so that the fp32 weights lie beside the graphs
     assert (folder / "js" / "onnx" / "text_model.onnx_data").is_file()
     (folder / "inputs.json").write_text(
@@ -132,12 +121,12 @@ def answer(project, model, processor, inputs, tmp_path_factory) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def expected(model, processor, inputs) -> Any:
+def expected(tiny_model, processor, inputs) -> Any:
     batch = processor(images=inputs["images"], return_tensors="pt")
     batch |= processor.tokenizer(inputs["captions"], padding=True, return_tensors="pt")
     assert batch["input_ids"].shape[1] > 52
     with torch.no_grad():
-        return batch, model(**batch)
+        return batch, tiny_model(**batch)
 
 
 def test_the_same_tokens_and_pixels(answer, expected):

@@ -84,13 +84,8 @@ def pictures() -> dict[str, Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def hub(config, processor, tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    model = M2EncoderModel(config).eval()
-    with torch.no_grad():  # so that different inputs get different embeddings
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.ndim > 1 else 1)
-    return save_hub_folder(model, processor, tmp_path_factory.mktemp("static") / "tiny")
+def hub(tiny_model, processor, tmp_path_factory) -> Path:
+    return save_hub_folder(tiny_model, processor, tmp_path_factory.mktemp("static") / "tiny")
 
 
 @pytest.fixture(scope="module")
